@@ -1,0 +1,74 @@
+"""From a dataset's name to its tasks."""
+from pathlib import Path
+
+from datasets.cifar import NOISY, load_cifar10, load_cifar100
+from datasets.data import DataError, load_npz, make_tasks
+from datasets.mini_imagenet import load_mini_imagenet
+from datasets.mnist import load_mnist
+from datasets.modmnist import modify
+
+PHOTOGRAPHS = ("cifar10", "cifar100", "mini_imagenet", "image_folder")  # a mirrored one still shows its class
+
+
+def build_dataset(dataset, tasks, data_dir, generator, samples=None, path=None, size=None):
+    """Load a dataset and cut it into tasks.
+
+    Args:
+        dataset: a name of the README's table of datasets.
+        tasks: source labels of each task.
+        data_dir: where the data lie or are downloaded to.
+        generator: chooses the `samples` and the random labels of noisy classes.
+        samples: training rows a class at most (None: all); test rows are never thinned.
+        path: of npz and image_folder, below data_dir.
+        size: of image_folder, side in pixels.
+
+    Returns:
+        train, test: `TaskData` on the CPU.
+
+    Raises:
+        DataError: data missing, damaged or without one of the labels.
+    """
+    labels = {label for task in tasks for label in task}
+    match dataset:
+        case "cifar10":
+            splits = load_cifar10(data_dir)
+        case "cifar100":
+            splits = load_cifar100(data_dir, labels)
+        case "mnist":
+            splits = load_mnist(data_dir)
+        case "rotated_mnist":
+            splits = modify(load_mnist(data_dir), labels, "rotated")
+        case "permuted_mnist":
+            splits = modify(load_mnist(data_dir), labels, "permuted")
+        case "mini_imagenet":
+            splits = load_mini_imagenet(data_dir)
+        case "digits" | "rotated_digits":
+            from datasets.digits import load_digits  # scikit-learn is slow to import
+
+            splits = load_digits() if dataset == "digits" else modify(load_digits(), labels, "rotated")
+        case "npz":
+            splits = load_npz(_inside(data_dir, path))
+        case "image_folder":
+            from datasets.folder import load_image_folder
+
+            splits, tasks = load_image_folder(_inside(data_dir, path), tasks, size)
+        case _:
+            raise DataError(f"no dataset is called {dataset}")
+    noisy_from = NOISY if dataset == "cifar100" else None
+    flip = dataset in PHOTOGRAPHS
+    (train_images, train_labels), (test_images, test_labels) = splits
+    try:
+        split = "training"
+        train = make_tasks(train_images, train_labels, tasks, flip, samples, noisy_from, generator)
+        split = "test"
+        return train, make_tasks(test_images, test_labels, tasks, flip)
+    except DataError as e:
+        raise DataError(f"{path or dataset}: {e} among the {split} images") from e
+
+
+def _inside(data_dir, path):
+    """`path` below `data_dir`: a config that somebody sent reads nothing elsewhere."""
+    whole = Path(data_dir) / path
+    if not whole.resolve().is_relative_to(Path(data_dir).resolve()):
+        raise DataError(f"path: {path} leads out of {data_dir}; it is taken below --data_dir")
+    return whole

@@ -1,0 +1,25 @@
+"""CIFAR-10 and CIFAR-100: 50,000 + 10,000 photographs, 32 x 32."""
+import torch
+
+from datasets.data import load_or_download
+
+NOISY = 100  # CIFAR-100's label + NOISY: the same class, whose training labels are to be randomised
+
+
+def load_cifar10(data_dir):
+    """(train_images, train_labels), (test_images, test_labels), as `load_npz` gives them."""
+    return load_or_download("cifar10", "CIFAR10", "cifar-10-batches-py", data_dir, (32, 32, 3), 10)
+
+
+def load_cifar100(data_dir, labels):
+    """As `load_cifar10`, with the fine labels 0 .. 99; each label + 100 among `labels` adds its class once more."""
+    splits = load_or_download("cifar100", "CIFAR100", "cifar-100-python", data_dir, (32, 32, 3), 100)
+    again = torch.tensor([label - NOISY for label in labels if label >= NOISY])
+    if len(again) == 0:
+        return splits
+
+    def add(images, targets):
+        rows = torch.isin(targets, again)
+        return torch.cat([images, images[rows]]), torch.cat([targets, targets[rows] + NOISY])
+
+    return tuple(add(*split) for split in splits)

@@ -1,0 +1,170 @@
+"""Tasks as tensors: uint8 rows sorted by task; a subset is an index."""
+import contextlib
+import io
+import os
+import zipfile
+import zlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class DataError(Exception):
+    """Data that are missing, damaged or of the wrong shape, told in one line that names the file."""
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """The rows of all tasks, of one split (train or test), on one device.
+
+    Attributes:
+        images: [N, C, H, W] uint8, sorted by task.
+        labels: [N] int64, a row's class within its task, 0 .. classes[t] - 1.
+        starts: [T + 1], task t is rows starts[t] .. starts[t + 1] - 1.
+        classes: [T], how many classes each task has.
+        flip: whether a mirrored image still shows its class (photographs, not digits).
+    """
+
+    images: Tensor
+    labels: Tensor
+    starts: tuple[int, ...]
+    classes: tuple[int, ...]
+    flip: bool
+
+    def rows(self, t):
+        """Row numbers of task t, [N_t] int64."""
+        return torch.arange(self.starts[t], self.starts[t + 1], device=self.images.device)
+
+    def to(self, device):
+        """The same data on `device`."""
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+
+def make_tasks(images, labels, tasks, flip, samples=None, noisy_from=None, generator=None):
+    """Sort rows by task and relabel each task's source labels to 0 .. C_t - 1, in the order that the task lists them.
+
+    Args:
+        images: [M, C, H, W] uint8.
+        labels: [M] int64 source labels.
+        tasks: source labels of each task; a label may stand in several tasks.
+        flip: see `TaskData`.
+        samples: rows a class at most, chosen at random (None: all). The choice goes by label: a label that
+            stands in two tasks brings the same rows to both.
+        noisy_from: rows whose source label is this or higher get a label drawn uniformly from their task's.
+        generator: of the random choices; needed with `samples` or `noisy_from`.
+
+    Raises:
+        DataError: a label has no rows.
+    """
+    rows_of = {}
+    for label in sorted({label for task in tasks for label in task}):
+        rows = (labels == label).nonzero().squeeze(1)
+        if len(rows) == 0:
+            raise DataError(f"label {label} has no rows")
+        if samples is not None and len(rows) > samples:
+            rows = rows[torch.randperm(len(rows), generator=generator)[:samples].sort().values]
+        rows_of[label] = rows
+    rows, targets, starts = [], [], [0]
+    for task in tasks:
+        for c, label in enumerate(task):
+            n = len(rows_of[label])
+            rows.append(rows_of[label])
+            if noisy_from is not None and label >= noisy_from:
+                targets.append(torch.randint(len(task), (n,), generator=generator))
+            else:
+                targets.append(torch.full((n,), c))
+        starts.append(sum(map(len, rows)))
+    return TaskData(images[torch.cat(rows)], torch.cat(targets), tuple(starts), tuple(map(len, tasks)), flip)
+
+
+def load_npz(path, shape=None, num_labels=None):
+    """Read train_images, train_labels, test_images, test_labels from an .npz file.
+
+    Images are uint8 [N, H, W] or [N, H, W, C]; labels whole numbers [N] or [N, 1]. Nothing in the file is executed.
+
+    Args:
+        path: the file.
+        shape: (H, W, C) that the images must have (None: any).
+        num_labels: labels must lie below it (None: any from 0 on).
+
+    Returns:
+        (train_images, train_labels), (test_images, test_labels): uint8 [N, C, H, W] and int64 [N].
+
+    Raises:
+        DataError: missing, damaged, or not of these shapes and types.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            keys = [f"{split}_{what}" for split in ("train", "test") for what in ("images", "labels")]
+            missing = [key for key in keys if key not in file]
+            if missing:
+                raise DataError(f"{path}: no array {missing[0]}; an npz file holds {', '.join(keys)}")
+            arrays = [file[key] for key in keys]
+    except FileNotFoundError as e:
+        raise DataError(f"{path}: no such file") from e
+    except (OSError, ValueError, EOFError, AttributeError, TypeError, SyntaxError, RuntimeError, MemoryError,
+            NotImplementedError, zipfile.BadZipFile, zlib.error) as e:  # all seen from numpy on damaged files
+        raise DataError(f"{path}: not a whole .npz file ({' '.join(str(e).split())[:120]})") from e
+    splits = []
+    for split, images, labels in (("train", *arrays[:2]), ("test", *arrays[2:])):
+        if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[3:] not in ((), (1,), (3,)):
+            raise DataError(f"{path}: {split}_images must be uint8 [N, H, W] or [N, H, W, 1 or 3], "
+                            f"not {images.dtype} {list(images.shape)}")
+        images = images[..., None] if images.ndim == 3 else images
+        if shape is not None and images.shape[1:] != shape:
+            raise DataError(f"{path}: {split}_images must be {list(shape)} each, not {list(images.shape[1:])}")
+        labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
+        if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
+            raise DataError(f"{path}: {split}_labels must be whole numbers [{len(images)}] like {split}_images, "
+                            f"not {labels.dtype} {list(labels.shape)}")
+        if len(labels) == 0:
+            raise DataError(f"{path}: {split}_images holds no rows")
+        if labels.min() < 0 or labels.max() >= (num_labels or 2**31):
+            raise DataError(f"{path}: {split}_labels must lie in 0 .. {(num_labels or 2**31) - 1}, "
+                            f"not {labels.min()} .. {labels.max()}")
+        images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+        splits.append((torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))))
+    if splits[0][0].shape[1:] != splits[1][0].shape[1:]:
+        raise DataError(f"{path}: train_images and test_images are not of one size")
+    return tuple(splits)
+
+
+def load_or_download(name, torchvision_class, files, data_dir, shape, num_labels):
+    """Read `<data_dir>/<name>.npz`; where there is none, let torchvision read or download its files and leave one.
+
+    Args:
+        name: of the dataset and its cache: mnist, cifar10, cifar100.
+        torchvision_class: name of the class in torchvision.datasets.
+        files: the folder below data_dir in which torchvision keeps its files.
+        shape, num_labels: see `load_npz`, as is the result.
+
+    Raises:
+        DataError: neither data nor network, or a damaged file.
+    """
+    cache = Path(data_dir) / f"{name}.npz"
+    if cache.exists():
+        return load_npz(cache, shape, num_labels)
+    import torchvision  # slow to import, and needed here alone
+
+    make = getattr(torchvision.datasets, torchvision_class)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            sets = [make(data_dir, train=train, download=True) for train in (True, False)]
+    except (OSError, RuntimeError, EOFError, ValueError) as e:
+        raise DataError(
+            f"{name}: no data: looked for {cache} and for torchvision's files in {Path(data_dir) / files}, and the "
+            f"download failed ({' '.join(str(e).split())[:80]}); connect this machine to the network, or put either "
+            "of the two there"
+        ) from e
+    arrays = {}
+    for split, data in zip(("train", "test"), sets, strict=True):
+        arrays[f"{split}_images"] = np.asarray(data.data)
+        arrays[f"{split}_labels"] = np.asarray(data.targets, np.uint8)
+    part = cache.with_suffix(f".{os.getpid()}.part")
+    with open(part, "wb") as file:
+        np.savez(file, **arrays)
+    os.replace(part, cache)
+    return load_npz(cache, shape, num_labels)

@@ -1,0 +1,212 @@
+"""Model Zoo (Ramesh & Chaudhari, ICLR 2022): an ensemble that grows by one multi-head learner a round.
+
+Each round draws tasks with a probability that rises with the zoo's training loss on them, as boosting does, trains a
+learner on them, and predicts a task by averaging the learners that know it.
+"""
+import math
+import sys
+from fractions import Fraction
+
+import torch
+from torch.nn import functional as F
+
+from multihead import Learner, command, finish, open_folder, prepare, train_learner
+from utils.logger import RunError, RunLog, load_tensors, save_tensors, task_names
+from utils.metrics import accuracy, negative_log_likelihood
+from utils.run_net import make_generator
+
+WARM = -1  # the "round" of the learner that --warm_start trains before round 0
+
+
+def ensemble_log_probs(logits, weights):
+    """Log of the weighted mean of the learners' class probabilities.
+
+    Taken in logarithms and float64, so that a probability too small for a float never makes a loss infinite.
+
+    Args:
+        logits: a tensor [N, C] for each learner.
+        weights: a positive weight for each learner.
+
+    Returns:
+        [N, C] float64.
+    """
+    log_probs = torch.stack([F.log_softmax(x.double(), dim=1) for x in logits])
+    log_weights = torch.tensor(weights, dtype=torch.float64, device=log_probs.device).log()
+    return (log_probs + log_weights[:, None, None]).logsumexp(0) - math.log(sum(weights))
+
+
+class Zoo:
+    """The ensemble of all learners so far; a learner speaks only for the tasks that it was trained on.
+
+    Args:
+        train_labels: [T] tensors [N_t], labels of the training rows that may still be looked at.
+        test_labels: [T] tensors [M_t].
+        classes: [T], how many classes each task has.
+        replay_frac: r; the first learner trained on a task saw all of it and weighs 1/r in its mean.
+
+    Attributes:
+        loss: [T] mean negative log likelihood of the zoo's prediction on those training rows.
+        accuracy: [T] on the test rows.
+    """
+
+    def __init__(self, train_labels, test_labels, classes, replay_frac=1.0):
+        self.train_labels = train_labels
+        self.test_labels = test_labels
+        self.classes = classes
+        self.replay_frac = replay_frac
+        self.learners = []
+        # Without learners a task's prediction is uniform.
+        self.loss = [math.log(c) for c in classes]
+        self.accuracy = [1 / c for c in classes]
+
+    def add(self, learner):
+        """Let one more learner speak, and bring loss and accuracy of its tasks up to date."""
+        self.learners.append(learner)
+        for t in learner.tasks:
+            train_log_probs = self.predict_log_probs(t, "train_logits")
+            self.loss[t] = negative_log_likelihood(train_log_probs, self.train_labels[t])
+            self.accuracy[t] = accuracy(self.predict_log_probs(t), self.test_labels[t])
+
+    def predict_log_probs(self, t, logits="test_logits"):
+        """The zoo's log class probabilities for task t, [N, C_t] float64, on its train_logits or test_logits rows."""
+        known = [getattr(learner, logits)[learner.tasks.index(t)] for learner in self.learners if t in learner.tasks]
+        if not known:
+            labels = self.train_labels[t] if logits == "train_logits" else self.test_labels[t]
+            uniform = torch.full_like(labels, -math.log(self.classes[t]), dtype=torch.float64)
+            return uniform[:, None].expand(-1, self.classes[t])
+        return ensemble_log_probs(known, [1 / self.replay_frac] + [1.0] * (len(known) - 1))
+
+
+def task_weights(losses):
+    """w_t = clip(exp((loss_t - m) / m), 1e-4, 1e3) with m the mean of `losses`; equal weights where m is 0.
+
+    Args:
+        losses: the zoo's loss on each task that may be drawn.
+
+    Returns:
+        Tensor like `losses`, float64.
+    """
+    losses = torch.tensor(losses, dtype=torch.float64)
+    mean = losses.mean()
+    return ((losses - mean) / mean).exp().clip(1e-4, 1e3) if mean > 0 else torch.ones_like(losses)
+
+
+def sample_tasks(weights, n, generator):
+    """Draw n tasks without replacement, with probability proportional to their weights: a list of indices."""
+    return torch.multinomial(weights, n, replacement=False, generator=generator).tolist() if n else []
+
+
+def choose_tasks(zoo, k, continual, tasks_per_round, naive, generator):
+    """The tasks of round k and the weights that they were drawn with.
+
+    Returns:
+        tasks: indices into the config; in continual mode the new task, k, last.
+        weights: of the tasks that could be drawn: 0 .. k - 1 in continual mode, else all.
+    """
+    drawable = k if continual else len(zoo.classes)
+    n = min(tasks_per_round - 1, k) if continual else tasks_per_round
+    equal = naive or not zoo.learners
+    weights = torch.ones(drawable, dtype=torch.float64) if equal else task_weights(zoo.loss[:drawable])
+    return sample_tasks(weights, n, generator) + [k] * continual, weights.tolist()
+
+
+def sample_replay(train, t, replay_frac, generator):
+    """Rows of task t that may be looked at once it is past: floor(replay_frac x rows) of every class, at least 1."""
+    if replay_frac == 1:
+        return train.rows(t)
+    rows, kept = train.rows(t), []
+    for c in range(train.classes[t]):
+        of_class = rows[train.labels[rows] == c]
+        # The fraction as it was written: 0.29 of 100 rows is 29, though in floats 0.29 * 100 < 29.
+        n = max(math.floor(Fraction(repr(replay_frac)) * len(of_class)), 1)
+        kept.append(of_class[torch.randperm(len(of_class), generator=generator)[:n].to(rows.device)])
+    return torch.cat(kept).sort().values
+
+
+def replay_repeats(num_tasks, replay_frac):
+    """How often a kept row of a past task stands in an epoch of a learner on n tasks: max(floor(1/((n-1)r)), 1).
+
+    So about half of every batch is the new task.
+    """
+    return max(math.floor(1 / ((num_tasks - 1) * Fraction(repr(replay_frac)))), 1)
+
+
+def run(settings):
+    """Grow a zoo and return its result: the paper's algorithm, a round each turn of the loop."""
+    device, precision, train, test = prepare(settings)
+    folder = open_folder(settings, device, precision)
+    continual, seed, r = settings.continual, settings.seed, settings.replay_frac
+    num_tasks = settings.num_rounds if continual else len(settings.tasks)
+    names = task_names(settings.tasks, settings.names)
+
+    kept = [sample_replay(train, t, r, make_generator(seed, t, "replay")) for t in range(num_tasks)]
+    zoo = Zoo([train.labels[rows] for rows in kept], [test.labels[test.rows(t)] for t in range(num_tasks)],
+              train.classes[:num_tasks], r)  # fmt: skip
+
+    def train_or_load(k, tasks):
+        """The learner of round k on `tasks`, and whether an earlier process had trained it."""
+        path = learner_path(folder, k)
+        replayed = [continual and r < 1 and t != k for t in tasks]
+        rows = [kept[t].repeat(replay_repeats(len(tasks), r)) if past else train.rows(t)
+                for t, past in zip(tasks, replayed, strict=True)]  # fmt: skip
+        if path.exists():
+            log.skip(settings.epochs * sum(map(len, rows)))
+            return load_learner(path, tasks, device), True
+        log.forget(k)
+        return train_learner(settings, precision, train, test, tasks, rows, [kept[t] for t in tasks], k, log), False
+
+    per_round = [min(settings.tasks_per_round, k + 1 if continual else num_tasks) for k in range(settings.num_rounds)]
+    learned = sum(per_round) + num_tasks * settings.warm_start
+    matrix, rounds, seconds = [], [], 0.0
+    with RunLog(folder, settings.num_rounds, settings.epochs * learned * len(train.labels) / len(train.classes)) as log:
+        for k in range(WARM if settings.warm_start else 0, settings.num_rounds):
+            if k == WARM:
+                tasks, weights = list(range(num_tasks)), []
+            else:
+                tasks, weights = choose_tasks(zoo, k, continual, settings.tasks_per_round, settings.naive,
+                                              make_generator(seed, k, "draw"))  # fmt: skip
+            learner, loaded = train_or_load(k, tasks)
+            zoo.add(learner)
+            seconds += learner.seconds
+            seen = k + 1 if continual else num_tasks
+            unseen = [None] * (num_tasks - seen)
+            mean = sum(zoo.accuracy[:seen]) / seen
+            if k != WARM:
+                matrix.append(zoo.accuracy[:seen] + unseen)
+                rounds.append({"tasks": tasks, "weights": weights, "train_loss": zoo.loss[:seen] + unseen,
+                               "seconds": learner.seconds})  # fmt: skip
+            if not loaded:
+                log.write(round=k, tasks=tasks, test_accuracy=mean, seconds=learner.seconds)
+                save_learner(learner_path(folder, k), learner)
+            log.print(f"{'warm start' if k == WARM else f'round {k + 1}/{settings.num_rounds}'}: "
+                      f"{', '.join(names[t] for t in tasks)}: zoo's test accuracy {100 * mean:.2f} % on {seen} "
+                      f"task{'s' * (seen > 1)} seen, {learner.seconds:.1f} s{', trained before' * loaded}")  # fmt: skip
+    return finish(settings, device, precision, folder, matrix, rounds, seconds)
+
+
+def learner_path(folder, k):
+    """Where the learner of round k is kept."""
+    return folder / "learners" / ("warm.pt" if k == WARM else f"{k:03}.pt")
+
+
+def save_learner(path, learner):
+    """Write a learner's tasks, logits and, with --save_nets, weights."""
+    logits = {key: [x.cpu() for x in getattr(learner, key)] for key in ("train_logits", "test_logits")}
+    save_tensors(path, {"tasks": list(learner.tasks), "seconds": learner.seconds, "net": learner.net, **logits})
+
+
+def load_learner(path, tasks, device):
+    """Read the learner that an earlier process trained on `tasks`.
+
+    Raises:
+        RunError: the file is of other tasks.
+    """
+    saved = load_tensors(path, device)
+    if saved["tasks"] != tasks:
+        raise RunError(f"{path}: trained on tasks {saved['tasks']} where this run draws {tasks}: not of this run")
+    logits = [tuple(saved[key]) for key in ("train_logits", "test_logits")]
+    return Learner(tuple(tasks), *logits, saved["seconds"], saved["net"])
+
+
+if __name__ == "__main__":
+    sys.exit(command("modelzoo.py", "modelzoo", run))

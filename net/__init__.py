@@ -1,0 +1,1 @@
+"""The networks: a shared backbone and one linear head a task."""

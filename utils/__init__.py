@@ -1,0 +1,1 @@
+"""Settings, the training loop, the run folder and the metrics."""

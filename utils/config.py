@@ -1,0 +1,299 @@
+"""Settings: a flag over a YAML key over a default, read once, frozen; every mistake ends in one line."""
+import argparse
+import math
+import re
+import reprlib
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import yaml
+
+
+class ConfigError(Exception):
+    """A mistake in a flag or in a config file, told in one line that names it."""
+
+
+# Datasets and how many labels each has: a task's labels are 0 .. n-1, or whatever the files hold (None).
+DATASETS = {
+    "cifar100": 200,  # label + 100 is the same class with randomised training labels
+    "cifar10": 10,
+    "mnist": 10,
+    "rotated_mnist": 360,  # 10x + y: digit y rotated by 10x degrees
+    "permuted_mnist": 10_000,  # 10x + y: digit y, pixels permuted by seed 1000x
+    "mini_imagenet": 100,
+    "digits": 10,
+    "rotated_digits": 360,
+    "npz": None,
+    "image_folder": None,
+}
+ALIASES = {"rotmnist": "rotated_mnist", "permnist": "permuted_mnist"}
+DATASET_KEYS = {"npz": ("path",), "image_folder": ("path", "size")}  # beyond dataset, tasks and names
+MODELS = ("conv", "wrn16_4", "wrn28_10")
+SCHEDULES = ("cosine", "constant")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides a run. Only the entry files see it whole; functions take what they use, by name."""
+
+    # from the dataset file
+    dataset: str
+    tasks: tuple[tuple, ...]  # source labels of each task
+    names: tuple[str, ...] | None  # one a task
+    path: str | None  # npz, image_folder: below data_dir
+    size: int | None  # image_folder: side in pixels
+    # from the hyper-parameter file
+    model: str
+    batch: int
+    lr: float
+    l2_reg: float
+    dropout: float
+    epochs: int  # flag over file over 100
+    schedule: str
+    augment: bool  # never with one epoch
+    # flags
+    method: str  # modelzoo, multihead
+    data_config: str
+    hp_config: str
+    samples: int | None  # training rows a class at most
+    seed: int
+    data_dir: str
+    out: str
+    name: str
+    device: str
+    precision: str
+    continual: bool = False
+    num_rounds: int = 1
+    tasks_per_round: int = 0
+    replay_frac: float = 1.0
+    naive: bool = False
+    warm_start: bool = False
+    resume: bool = False
+    save_nets: bool = False
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which 1e-5 is a number, as in YAML 1.2, and a repeated key is an error."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not a word", node.start_mark)
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def load_yaml(path):
+    """Read a YAML file that holds one mapping with words as keys.
+
+    Raises:
+        ConfigError: no such file, not readable, not YAML, or not a mapping.
+    """
+    try:
+        value = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as e:
+        raise ConfigError(f"{path}: cannot be read ({e.strerror})") from e
+    except yaml.MarkedYAMLError as e:
+        where = f" at line {e.problem_mark.line + 1}" if e.problem_mark else ""
+        raise ConfigError(f"{path}: not a valid YAML file{where}: {_one_line(e.problem)}") from e
+    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as e:
+        raise ConfigError(f"{path}: not a valid YAML file: {_one_line(e)}") from e
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: must hold keys and values, such as 'batch: 16'")
+    return value
+
+
+def _one_line(text, limit=200):
+    return " ".join(str(text).split())[:limit]
+
+
+def check(where, value, kind, low=-math.inf, high=math.inf, *, above=-math.inf, below=math.inf, choices=None):
+    """Return `value` as `kind` (int, float, bool or str) if it is one and lies in low..high, above < value < below.
+
+    Raises:
+        ConfigError: it does not; the line opens with `where` (a file and key, or a flag).
+    """
+    if choices is not None:
+        if not (isinstance(value, str) and value in choices):
+            raise ConfigError(f"{where}: {reprlib.repr(value)} is not one of {', '.join(choices)}")
+        return value
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    fits = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+    if not fits:
+        raise ConfigError(f"{where}: {reprlib.repr(value)} is not {words[kind]}")
+    try:
+        value = kind(value)
+    except OverflowError:  # a whole number of over 308 digits, where a float is due
+        value = math.inf
+    if kind in (int, float) and not (low <= value <= high and above < value < below):
+        bounds = [f"at least {low}"] * (low > -math.inf) + [f"above {above}"] * (above > -math.inf)
+        bounds += [f"at most {high}"] * (high < math.inf) + [f"below {below}"] * (below < math.inf)
+        raise ConfigError(f"{where}: {_one_line(value)} must be {' and '.join(bounds)}")
+    return value
+
+
+def _check_keys(file, found, required, optional=()):
+    known = (*required, *optional)
+    for key in found:
+        if key not in known:
+            raise ConfigError(f"{file}: unknown key {_one_line(key)}; the keys are {', '.join(known)}")
+    for key in required:
+        if key not in found:
+            raise ConfigError(f"{file}: key {key} is missing")
+
+
+def read_dataset(file):
+    """Read a dataset file: dict with dataset (no alias), tasks, names, path and size (None where they do not apply).
+
+    Raises:
+        ConfigError: an unknown or missing key, or a value that cannot be right.
+    """
+    found = load_yaml(file)
+    name = found.get("dataset")
+    if name is not None:
+        name = check(f"{file}: dataset", name, str, choices=(*DATASETS, *ALIASES))
+    name = ALIASES.get(name, name)
+    extra = DATASET_KEYS.get(name, ())
+    _check_keys(file, found, ("dataset", "tasks", *extra), ("names",))
+    tasks, names = found["tasks"], found.get("names")
+    if not isinstance(tasks, list) or not tasks:
+        raise ConfigError(f"{file}: tasks: must be a list of tasks, each a list of labels, such as [[0, 1], [2, 3]]")
+    for i, task in enumerate(tasks):
+        where = f"{file}: tasks: task {i} (counted from 0)"
+        if not isinstance(task, list) or len(task) < 2:
+            raise ConfigError(f"{where}: must be a list of at least two labels")
+        for label in task:
+            if name == "image_folder" and isinstance(label, str):
+                continue
+            top = DATASETS[name]
+            check(f"{where}: label", label, int, 0, 2**31 if top is None else top - 1)
+        repeated = next((label for label in task if task.count(label) > 1), None)
+        if repeated is not None:
+            raise ConfigError(f"{where}: label {repeated} is there twice")
+    if names is not None:
+        if not isinstance(names, list) or len(names) != len(tasks):
+            raise ConfigError(f"{file}: names: must be a list of {len(tasks)} names, one a task")
+        names = tuple(check(f"{file}: names: name {i}", n, str) for i, n in enumerate(names))
+    path = check(f"{file}: path", found["path"], str) if "path" in extra else None
+    size = check(f"{file}: size", found["size"], int, 8, 1024) if "size" in extra else None
+    return {"dataset": name, "tasks": tuple(map(tuple, tasks)), "names": names, "path": path, "size": size}
+
+
+def read_hyperparam(file, epochs=None):
+    """Read a hyper-parameter file: dict with every training setting; `epochs` (the flag) goes over the file's.
+
+    Raises:
+        ConfigError: an unknown or missing key, or a value that cannot be right.
+    """
+    found = load_yaml(file)
+    _check_keys(file, found, ("model", "batch", "lr", "l2_reg", "dropout"), ("epochs", "schedule", "augment"))
+    if epochs is None:
+        epochs = check(f"{file}: epochs", found.get("epochs", 100), int, 1, 10**6)
+    augment = check(f"{file}: augment", found.get("augment", True), bool)
+    return {
+        "model": check(f"{file}: model", found["model"], str, choices=MODELS),
+        "batch": check(f"{file}: batch", found["batch"], int, 1, 10**6),
+        "lr": check(f"{file}: lr", found["lr"], float, above=0, below=math.inf),
+        "l2_reg": check(f"{file}: l2_reg", found["l2_reg"], float, 0, below=math.inf),
+        "dropout": check(f"{file}: dropout", found["dropout"], float, 0, below=1),
+        "epochs": epochs,
+        "schedule": check(f"{file}: schedule", found.get("schedule", "cosine"), str, choices=SCHEDULES),
+        "augment": augment and epochs > 1,
+    }
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ConfigError(_one_line(message, 500))
+
+
+def make_parser(prog, method):
+    """Build the command line of `method` (modelzoo, multihead); a misspelt flag is an error, not a guess."""
+    about = {
+        "modelzoo": "Grow a Model Zoo: an ensemble of multi-head networks, one a round.",
+        "multihead": "Train one network with a head a task on all tasks at once: the joint baseline.",
+    }
+    p = _Parser(prog=prog, description=about[method], allow_abbrev=False)
+    p.add_argument("--data_config", required=True, help="dataset file: config/dataset/*.yaml")
+    p.add_argument("--hp_config", required=True, help="hyper-parameter file: config/hyperparam/*.yaml")
+    p.add_argument("--samples", type=int, help="training rows a class at most (default: all)")
+    p.add_argument("--epochs", type=int, help="passes over a learner's rows (default: the file's, else 100)")
+    p.add_argument("--seed", type=int, default=0, help="decides every random choice (default: 0)")
+    p.add_argument("--data_dir", default="data", help="where the data lie or are downloaded to (default: data)")
+    p.add_argument("--out", default="runs", help="folder of the run folders (default: runs)")
+    p.add_argument("--name", help="the run folder's name (default: made of the settings)")
+    p.add_argument("--device", default="auto", help="auto (CUDA if there, else CPU), cpu, cuda, cuda:1, ...")
+    p.add_argument("--precision", default="auto", help="auto (bf16 on CUDA, fp32 on CPU), fp32, bf16 or fp16")
+    if method == "modelzoo":
+        p.add_argument("--continual", action="store_true", help="tasks arrive one a round, in the file's order")
+        p.add_argument("--num_rounds", type=int, help="learners to train (default: 10; continual: one a task)")
+        p.add_argument("--tasks_per_round", type=int, help="tasks a learner trains on (default: 10; continual: 5)")
+        p.add_argument("--replay_frac", type=float, help="share of a past task's rows that is kept (default: 1)")
+        p.add_argument("--naive", action="store_true", help="draw tasks uniformly, not by the zoo's loss")
+        p.add_argument("--warm_start", action="store_true", help="before round 0, one learner on all tasks joins")
+        p.add_argument("--resume", action="store_true", help="go on with the run of this name, or start it")
+        p.add_argument("--save_nets", action="store_true", help="keep the networks' weights in the run folder")
+    return p
+
+
+def read_settings(prog, method, argv=None):
+    """Read the command line and both files.
+
+    Raises:
+        ConfigError: anything missing, unknown, out of range or contradictory.
+    """
+    flags = vars(make_parser(prog, method).parse_args(argv))
+    for flag, low in (("samples", 1), ("epochs", 1), ("num_rounds", 1), ("tasks_per_round", 1)):
+        if flags.get(flag) is not None:
+            check(f"--{flag}", flags[flag], int, low, 10**6)
+    check("--seed", flags["seed"], int, 0, 2**63 - 1)
+    check("--precision", flags["precision"], str, choices=PRECISIONS)
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", flags["device"]):
+        raise ConfigError(f"--device: {flags['device']!r} is not one of auto, cpu, cuda, cuda:0, cuda:1, ...")
+    data = read_dataset(flags["data_config"])
+    hyper = read_hyperparam(flags["hp_config"], flags["epochs"])
+    if flags["name"] is None:
+        flags["name"] = _default_name(method, flags)
+    if not re.fullmatch(r"[\w][\w.,=+-]*", flags["name"]):
+        raise ConfigError(f"--name: {reprlib.repr(flags['name'])} is not a plain folder name")
+    if method == "modelzoo":
+        flags.update(_check_rounds(flags, len(data["tasks"])))
+    known = {f.name for f in fields(Settings)}
+    flags = {k: v for k, v in flags.items() if k in known}
+    return Settings(**{**flags, **data, **hyper, "method": method})
+
+
+def _check_rounds(flags, num_tasks):
+    """Fill in the defaults of the zoo's flags and refuse those that contradict each other."""
+    continual, frac = flags["continual"], flags["replay_frac"]
+    if frac is not None:
+        check("--replay_frac", frac, float, above=0, high=1)
+    if frac is not None and frac < 1 and not continual:
+        raise ConfigError("--replay_frac below 1 needs --continual: without it no task is ever past")
+    if flags["warm_start"] and continual:
+        raise ConfigError("--warm_start contradicts --continual: it trains on all tasks before the first round")
+    rounds = flags["num_rounds"] or (num_tasks if continual else 10)
+    if continual and rounds > num_tasks:
+        raise ConfigError(f"--num_rounds: {rounds} must be at most {num_tasks}, the number of tasks, with --continual")
+    per_round = min(flags["tasks_per_round"] or (5 if continual else 10), num_tasks)
+    return {"num_rounds": rounds, "tasks_per_round": per_round, "replay_frac": 1.0 if frac is None else frac}
+
+
+def _default_name(method, flags):
+    """Name a run by its files and by every flag given that changes what it computes."""
+    parts = [Path(flags["data_config"]).stem, Path(flags["hp_config"]).stem, method]
+    for flag in ("continual", "naive", "warm_start"):
+        parts += [flag] if flags.get(flag) else []
+    for flag in ("num_rounds", "tasks_per_round", "replay_frac", "samples", "epochs"):
+        parts += [f"{flag}={flags[flag]}"] if flags.get(flag) is not None else []
+    name = "-".join([*parts, f"seed={flags['seed']}"])
+    return re.sub(r"[^\w.,=+-]", "_", name)
+

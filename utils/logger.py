@@ -1,0 +1,208 @@
+"""The run folder and what people watch: files written whole or not at all, bars, lines and tables."""
+import io
+import json
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import torch
+import yaml
+from rich import box, progress
+from rich.console import Console
+from rich.table import Table
+
+from utils.config import ConfigError, load_yaml
+
+FREE = ("resume", "out", "name", "data_dir", "save_nets")  # settings that may change when a run is resumed
+
+
+class RunError(Exception):
+    """A run that cannot go on, told in one line that says what is safe and what to try."""
+
+
+def write_file(path, data):
+    """Write bytes to `path` so that it holds all of them or is as it was: temporary name, flush to disk, rename.
+
+    Raises:
+        RunError: the disk is full, the folder read-only or gone.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as e:
+        raise RunError(f"{path}: cannot be written ({e.strerror}); what was written before it is whole") from e
+
+
+def open_run(folder, settings, resume, hardware):
+    """Make the run folder and its config.yaml, or check that the one that is there is of the same settings.
+
+    Args:
+        folder: path of the run folder.
+        settings: what decides the run, as plain values.
+        resume: whether an existing folder is to be gone on with.
+        hardware: what the run computes on, in words.
+
+    Raises:
+        ConfigError: the folder is there and `resume` is not given, or its settings differ.
+        RunError: the folder cannot be written.
+    """
+    if folder.exists():
+        if not resume:
+            raise ConfigError(f"{folder} is there already: --resume goes on with it, --name starts another beside it")
+        theirs = load_yaml(folder / "config.yaml").get("settings", {})
+        for key in (*settings, *theirs):
+            if key not in FREE and settings.get(key) != theirs.get(key):
+                raise ConfigError(f"--resume: {folder} was run with {key} {theirs.get(key)}, not {settings.get(key)}")
+        return
+    try:
+        (folder / "learners").mkdir(parents=True)
+    except OSError as e:
+        raise RunError(f"{folder}: cannot be made ({e.strerror})") from e
+    about = {"settings": settings, "versions": versions(), "commit": commit(), "hardware": hardware}
+    write_file(folder / "config.yaml", yaml.safe_dump(about, sort_keys=False, default_flow_style=None).encode())
+
+
+def versions():
+    """The versions that a result depends on."""
+    return {"python": platform.python_version(), **{p: metadata.version(p) for p in ("torch", "numpy")}}
+
+
+def commit():
+    """This code's git commit, with a + where files differ from it; None outside a git checkout."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + "+" * bool(changed.stdout.strip())
+
+
+def describe_hardware(device):
+    """What a run on `device` computes on, in words."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        cpu = platform.processor() or platform.machine()
+    gpu = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
+    return f"{cpu}, {torch.get_num_threads()} threads{gpu}"
+
+
+def save_tensors(path, tree):
+    """Write dicts, lists, numbers, texts and tensors (moved to the CPU) to `path`, as `write_file` does."""
+    buffer = io.BytesIO()
+    torch.save(tree, buffer)
+    write_file(path, buffer.getvalue())
+
+
+def load_tensors(path, device):
+    """Read what `save_tensors` wrote; nothing in the file is executed."""
+    return torch.load(path, map_location=device, weights_only=True)
+
+
+def make_console():
+    """Lines go to standard output; where that is no terminal, wide enough that tables are not folded."""
+    console = Console(highlight=False, soft_wrap=False)
+    return console if console.is_terminal else Console(highlight=False, width=120)
+
+
+class RunLog:
+    """Bars on a terminal, lines in log.jsonl.
+
+    Args:
+        folder: the run folder.
+        rounds: how many learners will be trained.
+        work: the training rows of all of them together, for the estimate of the time left.
+    """
+
+    def __init__(self, folder, rounds, work):
+        self.path = folder / "log.jsonl"
+        self.rounds = rounds
+        self.console = make_console()
+        self.bars = progress.Progress(
+            progress.TextColumn("{task.description:>12}"), progress.BarColumn(30), progress.TaskProgressColumn(),
+            progress.TimeElapsedColumn(), progress.TextColumn("left"), progress.TimeRemainingColumn(),
+            console=self.console, disable=not self.console.is_terminal, transient=True, refresh_per_second=2,
+        )  # fmt: skip
+        self.run_bar = self.bars.add_task("", total=work)
+        self.learner_bar = self.bars.add_task("", total=1)
+
+    def __enter__(self):
+        self.bars.start()
+        return self
+
+    def __exit__(self, *exc):
+        self.bars.stop()
+
+    def start_round(self, round, epochs):
+        """Set the bars to a learner that is about to train."""
+        self.bars.update(self.run_bar, description=f"round {round + 1}/{self.rounds}")
+        self.bars.reset(self.learner_bar, total=epochs, description=f"epoch 0/{epochs}")
+
+    def log_epoch(self, round, epoch, epochs, rows, **values):
+        """Note an epoch (counted from 0) that trained on `rows` rows."""
+        self.write(round=round, epoch=epoch, **values)
+        self.bars.update(self.learner_bar, advance=1, description=f"epoch {epoch + 1}/{epochs}")
+        self.bars.update(self.run_bar, advance=rows)
+
+    def skip(self, rows):
+        """Move the run's bar over rows that an earlier process trained on."""
+        self.bars.update(self.run_bar, advance=rows)
+
+    def print(self, line):
+        """Print a line above the bars."""
+        self.console.print(line, markup=False, soft_wrap=True)
+
+    def write(self, **values):
+        """Append a line to log.jsonl."""
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError as e:
+            raise RunError(f"{self.path}: cannot be written ({e.strerror}); the learners before it are whole") from e
+
+    def forget(self, round):
+        """Drop the lines of `round` and later ones, which a killed process left behind."""
+        if self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["round"] < round]
+            if len(kept) < len(lines):
+                write_file(self.path, "".join(kept).encode())
+
+
+def task_names(tasks, names, limit=40):
+    """A name a task: the config's, else the source labels."""
+    if names:
+        return list(names)
+    labels = [" ".join(map(str, task)) for task in tasks]
+    return [text if len(text) <= limit else text[: limit - 1] + "…" for text in labels]
+
+
+def print_result(result, names, folder):
+    """Print a table a task, the metrics and where everything is."""
+    console, percent = make_console(), "{:.2f}".format
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("task", "first seen %", "final %", "change"):
+        table.add_column(column, justify="left" if column == "task" else "right")
+    for t, final in enumerate(result["accuracy"]):
+        first = first_seen(result["accuracy_matrix"], result["rounds"], t)
+        table.add_row(f"{t} {names[t]}", percent(100 * first), percent(100 * final), f"{100 * (final - first):+.2f}")
+    console.print(table)
+    for key in ("average_accuracy", "learning_accuracy", "forgetting", "backward_transfer"):
+        if result[key] is not None:
+            console.print(f"{key.replace('_', ' '):>18}  {percent(100 * result[key])} %", markup=False)
+    console.print(f"{'seconds':>18}  {result['seconds']:.1f}")
+    console.print(f"{'run folder':>18}  {folder}", markup=False, soft_wrap=True)
+
+
+def first_seen(matrix, rounds, t):
+    """Accuracy on task t after the first round whose learner trained on it (the last round's where none did)."""
+    k = next((k for k, r in enumerate(rounds) if t in r["tasks"]), len(rounds) - 1)
+    return matrix[k][t]
