@@ -132,13 +132,30 @@ def replay_repeats(num_tasks, replay_frac):
 
 
 def run(settings):
-    """Grow a zoo and return its result: the paper's algorithm, a round each turn of the loop."""
+    """Grow a zoo in its run folder and return its result."""
     device, precision, train, test = prepare(settings)
     folder = open_folder(settings, device, precision)
+    matrix, rounds, seconds = grow_zoo(settings, precision, train, test, folder)
+    return finish(settings, device, precision, folder, matrix, rounds, seconds)
+
+
+def grow_zoo(settings, precision, train, test, folder):
+    """The paper's algorithm: a round each turn of the loop; a learner that an earlier process left is not trained again.
+
+    Args:
+        settings: the run's.
+        precision: fp32, bf16 or fp16.
+        train, test: `TaskData` on the training device.
+        folder: the run folder.
+
+    Returns:
+        matrix: [rounds][tasks] the zoo's test accuracy after each round, None where a task is not yet seen.
+        rounds: a dict a round, as in result.json.
+        seconds: of all learners, together.
+    """
     continual, seed, r = settings.continual, settings.seed, settings.replay_frac
     num_tasks = settings.num_rounds if continual else len(settings.tasks)
     names = task_names(settings.tasks, settings.names)
-
     kept = [sample_replay(train, t, r, make_generator(seed, t, "replay")) for t in range(num_tasks)]
     zoo = Zoo([train.labels[rows] for rows in kept], [test.labels[test.rows(t)] for t in range(num_tasks)],
               train.classes[:num_tasks], r)  # fmt: skip
@@ -151,7 +168,7 @@ def run(settings):
                 for t, past in zip(tasks, replayed, strict=True)]  # fmt: skip
         if path.exists():
             log.skip(settings.epochs * sum(map(len, rows)))
-            return load_learner(path, tasks, device), True
+            return load_learner(path, tasks, train.images.device), True
         log.forget(k)
         return train_learner(settings, precision, train, test, tasks, rows, [kept[t] for t in tasks], k, log), False
 
@@ -181,7 +198,7 @@ def run(settings):
             log.print(f"{'warm start' if k == WARM else f'round {k + 1}/{settings.num_rounds}'}: "
                       f"{', '.join(names[t] for t in tasks)}: zoo's test accuracy {100 * mean:.2f} % on {seen} "
                       f"task{'s' * (seen > 1)} seen, {learner.seconds:.1f} s{', trained before' * loaded}")  # fmt: skip
-    return finish(settings, device, precision, folder, matrix, rounds, seconds)
+    return matrix, rounds, seconds
 
 
 def learner_path(folder, k):
