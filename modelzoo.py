@@ -140,7 +140,7 @@ def run(settings):
 
 
 def grow_zoo(settings, precision, train, test, folder):
-    """The paper's algorithm: a round each turn of the loop; a learner that an earlier process left is not trained again.
+    """The paper's algorithm, a round each turn of the loop; a learner already on disk is not trained again.
 
     Args:
         settings: the run's.
