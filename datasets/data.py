@@ -97,7 +97,7 @@ def load_npz(path, shape=None, num_labels=None):
         DataError: missing, damaged, or not of these shapes and types.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
             keys = [f"{split}_{what}" for split in ("train", "test") for what in ("images", "labels")]
             missing = [key for key in keys if key not in file]
             if missing:

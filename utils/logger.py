@@ -11,6 +11,7 @@ import torch
 import yaml
 from rich import box, progress
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from utils.config import ConfigError, load_yaml
@@ -193,7 +194,7 @@ def print_result(result, names, folder):
         table.add_column(column, justify="left" if column == "task" else "right")
     for t, final in enumerate(result["accuracy"]):
         first = first_seen(result["accuracy_matrix"], result["rounds"], t)
-        table.add_row(f"{t} {names[t]}", percent(100 * first), percent(100 * final), f"{100 * (final - first):+.2f}")
+        table.add_row(escape(f"{t} {names[t]}"), percent(100 * first), percent(100 * final), f"{100 * (final - first):+.2f}")
     console.print(table)
     for key in ("average_accuracy", "learning_accuracy", "forgetting", "backward_transfer"):
         if result[key] is not None:

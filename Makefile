@@ -1,0 +1,26 @@
+# make demo: see it run on real data, no download. make test: prove that it works.
+PYTHON ?= python3
+BIN = .venv/bin
+DIGITS = --data_config config/dataset/rotated_digits.yaml --hp_config config/hyperparam/small.yaml --samples 20 --continual
+
+.PHONY: demo test clean
+
+demo: .venv/run
+	$(BIN)/python modelzoo.py $(DIGITS) --tasks_per_round 1 --name demo-isolated --resume
+	$(BIN)/python modelzoo.py $(DIGITS) --name demo-modelzoo --resume
+
+test: .venv/test
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -q
+
+.venv/run: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -r requirements.txt
+	touch $@
+
+.venv/test: requirements-dev.txt .venv/run
+	$(BIN)/python -m pip install -q -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,131 @@
+"""Networks: sizes, shapes, and heads that equal separate linear layers."""
+import pytest
+import torch
+from torch import nn
+
+from net.build_net import Heads, build_net
+
+CLASSES = [3, 5, 2]
+
+
+def test_parameter_counts():
+    def count(model):
+        return sum(p.numel() for p in build_net(model, (3, 32, 32), [5], 0.0, seed=0).backbone.parameters())
+
+    # First convolution without bias; the two others with bias and batch norm.
+    assert count("conv") == 3 * 9 * 80 + 2 * (80 * 9 * 80 + 80 + 2 * 80) == 117_840
+    assert count("wrn16_4") == 2_746_320
+    assert count("wrn28_10") == 36_472_784
+
+
+def test_wide_resnet_layers():
+    """WRN-16-4 has 12 3x3 convolutions in blocks and one before them; shortcuts only where the width changes."""
+    backbone = build_net("wrn16_4", (3, 32, 32), [5], 0.2, seed=0).backbone
+    convolutions = [m for m in backbone.modules() if isinstance(m, nn.Conv2d)]
+    assert [m.kernel_size for m in convolutions].count((3, 3)) == 13
+    assert [(m.in_channels, m.out_channels) for m in convolutions if m.kernel_size == (1, 1)] == [
+        (16, 64), (64, 128), (128, 256)]  # fmt: skip
+    # Kaiming, fan-out: variance 2 / (9 * out).
+    last = backbone.layers[-1].conv2.weight
+    assert last.std().item() == pytest.approx((2 / (9 * 256)) ** 0.5, rel=0.01)
+
+
+def test_shortcut_takes_the_activated_input_where_the_width_changes():
+    block = build_net("wrn16_4", (3, 32, 32), [5], 0.0, seed=0).eval().backbone.layers[1]
+    x = torch.randn(2, 16, 8, 8)
+    active = (x / (1 + 1e-5) ** 0.5).relu()  # batch norm at its initial running statistics
+    inner = block.conv1(active)
+    expected = block.conv2((inner / (1 + 1e-5) ** 0.5).relu()) + block.shortcut(active)
+    torch.testing.assert_close(block(x), expected)
+
+
+@pytest.mark.parametrize("model, size, features", [
+    ("conv", 28, 80), ("conv", 32, 320), ("conv", 84, 320), ("wrn16_4", 28, 256), ("wrn16_4", 84, 256),
+])  # fmt: skip
+def test_feature_sizes(model, size, features):
+    net = build_net(model, (1, size, size), [2], 0.0, seed=0).eval()
+    assert net.backbone(torch.zeros(2, 1, size, size)).shape == (2, features)
+
+
+def test_conv_equals_relu_before_pooling():
+    """The order in which the layers are defined: [batch norm,] ReLU, pooling."""
+    net = build_net("conv", (3, 32, 32), [2], 0.0, seed=0).eval()
+    x = torch.randn(2, 3, 32, 32)
+    y = x
+    for layer in net.backbone.layers:
+        if isinstance(layer, nn.Conv2d):
+            y = layer(y)
+            pooled = False
+        elif isinstance(layer, nn.BatchNorm2d):
+            y = layer(y)
+        elif not isinstance(layer, nn.Flatten) and not pooled:
+            y = torch.max_pool2d(y.relu(), 2)
+            pooled = True
+    torch.testing.assert_close(net.backbone(x), y.flatten(1))
+
+
+@pytest.mark.parametrize("model, size", [("conv", 21), ("wrn16_4", 7)])
+def test_too_small_images_are_refused(model, size):
+    with pytest.raises(ValueError, match="at least"):
+        build_net(model, (1, size, size), [2], 0.0, seed=0)
+
+
+def make_heads():
+    torch.manual_seed(0)
+    heads = Heads(7, CLASSES)
+    layers = [nn.Linear(7, c) for c in CLASSES]
+    for t, (layer, c) in enumerate(zip(layers, CLASSES, strict=True)):
+        layer.weight.data = heads.weight.data[t, :c].clone()
+        layer.bias.data = heads.bias.data[t, :c].clone()
+    return heads, layers
+
+
+def test_gathered_heads_equal_separate_linear_layers():
+    heads, layers = make_heads()
+    features = torch.randn(12, 7)
+    rows = torch.tensor([0, 1, 2, 1, 1, 0, 2, 2, 0, 1, 0, 2])
+    labels = torch.tensor([2, 4, 1, 0, 3, 1, 0, 1, 0, 2, 2, 0])
+    x, y = features.clone().requires_grad_(), features.clone().requires_grad_()
+    logits = heads(x, rows)
+    nn.functional.cross_entropy(logits, labels).backward()
+    losses = []
+    for b in range(12):
+        out = layers[rows[b]](y[b])
+        torch.testing.assert_close(logits[b, : len(out)], out)
+        assert (logits[b, len(out) :] == -torch.inf).all()
+        losses.append(out.logsumexp(0) - out[labels[b]])
+    torch.stack(losses).mean().backward()
+    torch.testing.assert_close(x.grad, y.grad)
+    for t, (layer, c) in enumerate(zip(layers, CLASSES, strict=True)):
+        torch.testing.assert_close(heads.weight.grad[t, :c], layer.weight.grad)
+        torch.testing.assert_close(heads.bias.grad[t, :c], layer.bias.grad)
+        assert not heads.weight.grad[t, c:].any() and not heads.bias.grad[t, c:].any()
+
+
+def test_a_row_trains_only_its_own_head():
+    heads, _ = make_heads()
+    nn.functional.cross_entropy(heads(torch.randn(4, 7), torch.tensor([1] * 4)), torch.arange(4)).backward()
+    assert heads.weight.grad[1].any()
+    assert not heads.weight.grad[[0, 2]].any() and not heads.bias.grad[[0, 2]].any()
+
+
+def test_seed_decides_the_start_and_leaves_the_global_generator_alone():
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    a, b, c = (build_net("conv", (1, 28, 28), CLASSES, 0.0, seed).state_dict() for seed in (1, 1, 2))
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert not torch.equal(a["backbone.layers.0.weight"], c["backbone.layers.0.weight"])
+
+
+def test_dropout_keeps_the_mean_and_draws_from_its_own_generator():
+    from net.wideresnet import Dropout
+
+    drop, x = Dropout(0.25), torch.ones(100_000)
+    drop.generator = torch.Generator().manual_seed(0)
+    state = torch.get_rng_state()
+    y = drop(x)
+    assert torch.equal(state, torch.get_rng_state())
+    assert y.unique().tolist() == pytest.approx([0, 4 / 3])
+    assert (y == 0).double().mean().item() == pytest.approx(0.25, abs=0.006)  # 4 standard deviations
+    assert drop.eval()(x) is x

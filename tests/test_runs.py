@@ -1,0 +1,273 @@
+"""Whole runs on small data: the limits that must hold, the run folder, and the commands of the README."""
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import modelzoo
+import multihead
+from tests.conftest import CONV, flags, make_arrays, write_yaml
+from utils.config import read_settings
+from utils.logger import RunLog
+from utils.run_net import make_generator
+
+ROOT = Path(__file__).parent.parent
+MAIN = {"modelzoo": modelzoo.run, "multihead": multihead.run}
+
+
+def start(workspace, name, *more, method="modelzoo"):
+    """Run a command that must work; returns its result.json."""
+    assert multihead.command(f"{method}.py", method, MAIN[method], flags(workspace, "--name", name, *more)) == 0
+    return json.loads((workspace / "runs" / name / "result.json").read_text())
+
+
+def numbers(result):
+    """What must be equal between two runs of the same settings: all but times and names."""
+    result = json.loads(json.dumps(result))
+    del result["seconds"], result["config"]
+    for r in result["rounds"]:
+        del r["seconds"]
+    return result
+
+
+def test_continual_run_folder(workspace):
+    result = start(workspace, "a", "--continual", "--save_nets")
+    folder = workspace / "runs/a"
+    assert sorted(p.name for p in folder.rglob("*") if p.is_file()) == [
+        "000.pt", "001.pt", "002.pt", "config.yaml", "log.jsonl", "result.json"]  # fmt: skip
+    assert result["method"] == "modelzoo" and result["classes"] == [[0, 1], [2, 3], [4, 5]]
+    matrix = result["accuracy_matrix"]
+    assert [[x is None for x in row] for row in matrix] == [[False, True, True], [False, False, True], [False] * 3]
+    assert result["accuracy"] == matrix[-1]
+    assert result["average_accuracy"] == pytest.approx(sum(matrix[-1]) / 3)
+    assert result["learning_accuracy"] == pytest.approx(sum(matrix[t][t] for t in range(3)) / 3)
+    assert [r["tasks"][-1] for r in result["rounds"]] == [0, 1, 2]
+    assert [len(r["tasks"]) for r in result["rounds"]] == [1, 2, 3]
+    assert result["rounds"][1]["weights"] == [1.0]
+    # The next round's weights are those of this round's losses.
+    expected = modelzoo.task_weights(result["rounds"][1]["train_loss"][:2]).tolist()
+    assert result["rounds"][2]["weights"] == pytest.approx(expected)
+    assert result["config"]["tasks_per_round"] == 3 and result["config"]["precision"] == "fp32"
+    assert result["seconds"] == pytest.approx(sum(r["seconds"] for r in result["rounds"]))
+
+    about = yaml.safe_load((folder / "config.yaml").read_text())
+    assert about["settings"] == result["config"] and about["versions"] == result["versions"] and about["hardware"]
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [(x["round"], x.get("epoch")) for x in lines] == [(k, e) for k in range(3) for e in (0, 1, None)]
+    assert {"train_loss", "train_accuracy", "lr", "seconds"} < set(lines[0])
+
+    saved = torch.load(folder / "learners/001.pt", weights_only=True)
+    assert saved["tasks"] == [0, 1]
+    assert [x.shape for x in saved["train_logits"] + saved["test_logits"]] == [(20, 2)] * 2 + [(10, 2)] * 2
+    assert saved["net"]["heads.weight"].shape == (2, 2, 80)
+
+
+def test_stored_logits_give_the_accuracies(workspace):
+    """Predictions are saved, metrics computed afterwards: the matrix again, from the files alone."""
+    result = start(workspace, "a", "--continual")
+    labels = [0] * 5 + [1] * 5
+    known = {t: [] for t in range(3)}
+    for k in range(3):
+        saved = torch.load(workspace / f"runs/a/learners/00{k}.pt", weights_only=True)
+        for t, logits in zip(saved["tasks"], saved["test_logits"], strict=True):
+            known[t].append(logits.softmax(1))
+        for t in range(k + 1):
+            predicted = torch.stack(known[t]).mean(0).argmax(1).tolist()
+            accuracy = sum(p == y for p, y in zip(predicted, labels, strict=True)) / 10
+            assert result["accuracy_matrix"][k][t] == pytest.approx(accuracy)
+
+
+def test_same_seed_same_result_and_another_seed_another(workspace):
+    runs = [start(workspace, name, "--continual", "--seed", seed) for name, seed in (("a", "0"), ("b", "0"), ("c", "1"))]
+    assert numbers(runs[0]) == numbers(runs[1])
+    assert runs[0]["rounds"][0]["train_loss"] != runs[2]["rounds"][0]["train_loss"]
+
+
+def test_isolated_is_tasks_per_round_1(workspace):
+    """Each task on its own: the zoo with one task a round against learners trained apart from any zoo."""
+    result = start(workspace, "a", "--continual", "--tasks_per_round", "1")
+    settings = read_settings("x", "modelzoo", flags(workspace, "--continual", "--tasks_per_round", "1"))
+    _, precision, train, test = multihead.prepare(settings)
+    (workspace / "log").mkdir()
+    with RunLog(workspace / "log", 1, 1) as log:
+        for t in range(3):
+            rows = [train.rows(t)]
+            learner = multihead.train_learner(settings, precision, train, test, [t], rows, rows, t, log)
+            accuracy = (learner.test_logits[0].argmax(1) == test.labels[test.rows(t)]).double().mean().item()
+            assert [result["accuracy_matrix"][k][t] for k in range(3)] == [None] * t + [accuracy] * (3 - t)
+    assert [r["tasks"] for r in result["rounds"]] == [[0], [1], [2]]
+    assert result["forgetting"] == result["backward_transfer"] == 0
+
+
+def test_replay_of_everything_equals_no_limit(workspace):
+    whole = start(workspace, "a", "--continual")
+    assert numbers(start(workspace, "b", "--continual", "--replay_frac", "1.0")) == numbers(whole)
+
+
+def test_limited_replay_trains_and_looks_only_at_what_it_kept(workspace, monkeypatch):
+    seen = []
+    original = modelzoo.train_learner
+
+    def spy(settings, precision, train, test, tasks, rows, kept, round, log):
+        seen.append((train, tasks, rows, kept))
+        return original(settings, precision, train, test, tasks, rows, kept, round, log)
+
+    monkeypatch.setattr(modelzoo, "train_learner", spy)
+    start(workspace, "a", "--continual", "--replay_frac", "0.2")
+    for k, (train, tasks, rows, kept) in enumerate(seen):
+        assert rows[-1].equal(train.rows(k))
+        for t, r, looked_at in zip(tasks, rows, kept, strict=True):
+            assert len(looked_at) == 4  # 0.2 of 10 rows, of 2 classes
+            assert looked_at.equal(modelzoo.sample_replay(train, t, 0.2, make_generator(0, t, "replay")))
+            if t != k:
+                repeats = {1: 5, 2: 2}[k]  # floor(1 / 0.2), floor(1 / 0.4)
+                assert r.bincount()[looked_at].tolist() == [repeats] * 4 and len(r) == 4 * repeats
+    saved = torch.load(workspace / "runs/a/learners/002.pt", weights_only=True)
+    assert [len(x) for x in saved["train_logits"]] == [4, 4, 4] and [len(x) for x in saved["test_logits"]] == [10] * 3
+
+
+def test_multi_task_mode(workspace):
+    result = start(workspace, "a", "--num_rounds", "2", "--tasks_per_round", "1")
+    assert len(result["rounds"]) == len(result["accuracy_matrix"]) == 2
+    assert result["learning_accuracy"] is result["forgetting"] is result["backward_transfer"] is None
+    first = result["rounds"][0]
+    assert first["weights"] == [1, 1, 1] and len(first["tasks"]) == 1
+    untrained = [t for t in range(3) if t not in first["tasks"]]
+    assert [result["accuracy_matrix"][0][t] for t in untrained] == [0.5, 0.5]  # uniform over two classes
+    assert [first["train_loss"][t] for t in untrained] == pytest.approx([np.log(2)] * 2)
+    assert result["rounds"][1]["weights"] == pytest.approx(modelzoo.task_weights(first["train_loss"]).tolist())
+
+
+def test_naive_draws_uniformly(workspace):
+    result = start(workspace, "a", "--num_rounds", "3", "--tasks_per_round", "2", "--naive")
+    assert [r["weights"] for r in result["rounds"]] == [[1, 1, 1]] * 3
+
+
+def test_warm_start(workspace):
+    result = start(workspace, "a", "--num_rounds", "1", "--tasks_per_round", "1", "--warm_start")
+    assert (workspace / "runs/a/learners/warm.pt").exists() and len(result["rounds"]) == 1
+    # The warm learner's losses decide round 0's draw, and it speaks for the tasks not drawn.
+    assert result["rounds"][0]["weights"] != [1, 1, 1]
+    warm = torch.load(workspace / "runs/a/learners/warm.pt", weights_only=True)
+    t = next(t for t in range(3) if t not in result["rounds"][0]["tasks"])
+    accuracy = (warm["test_logits"][t].argmax(1) == torch.tensor([0] * 5 + [1] * 5)).double().mean().item()
+    assert result["accuracy"][t] == accuracy
+
+
+def test_multihead(workspace):
+    result = start(workspace, "a", method="multihead")
+    assert result["method"] == "multihead" and len(result["accuracy_matrix"]) == 1
+    assert result["rounds"][0]["tasks"] == [0, 1, 2] and result["forgetting"] is None
+    assert len(result["rounds"][0]["train_loss"]) == 3
+    assert numbers(start(workspace, "b", method="multihead")) == numbers(result)
+
+
+def test_unequal_class_counts_samples_and_colour(workspace):
+    np.savez(workspace / "data/toy.npz", **make_arrays(classes=9, channels=3, size=32))
+    write_yaml(workspace / "data.yaml", {"dataset": "npz", "path": "toy.npz", "tasks": [[0, 1], [2, 3, 4, 8], [5, 6, 7]]})
+    write_yaml(workspace / "hp.yaml", {**CONV, "augment": True, "schedule": "cosine"})
+    result = start(workspace, "a", "--continual", "--samples", "6")
+    saved = torch.load(workspace / "runs/a/learners/002.pt", weights_only=True)
+    shape = dict(zip(saved["tasks"], (tuple(x.shape) for x in saved["train_logits"]), strict=True))
+    assert shape == {0: (12, 2), 1: (24, 4), 2: (18, 3)}
+    assert len(result["accuracy"]) == 3
+
+
+def test_interrupted_run_resumes_to_the_same_result(workspace):
+    whole = start(workspace, "a", "--continual")
+    shutil.copytree(workspace / "runs/a", workspace / "runs/b")
+    for name in ("result.json", "learners/002.pt", "learners/001.pt"):
+        (workspace / "runs/b" / name).unlink()
+    log = workspace / "runs/b/log.jsonl"
+    log.write_text("\n".join(log.read_text().splitlines()[:4]) + '\n{"round": 1, "epo')  # killed in the middle of a line
+    resumed = start(workspace, "b", "--continual", "--resume")
+    assert numbers(resumed) == numbers(whole)
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [(x["round"], x.get("epoch")) for x in lines] == [(k, e) for k in range(3) for e in (0, 1, None)]
+    assert numbers(start(workspace, "c", "--continual", "--resume")) == numbers(whole)  # nothing there yet: starts it
+
+
+def test_existing_folder_is_neither_overwritten_nor_mixed(workspace, capsys):
+    start(workspace, "a", "--continual")
+    before = {p: p.read_bytes() for p in (workspace / "runs").rglob("*") if p.is_file()}
+    capsys.readouterr()
+    for more, message in ((["--continual"], "is there already"), (["--continual", "--resume", "--seed", "1"], "seed 0, not 1"),
+                          (["--resume"], "was run with continual True, not False")):  # fmt: skip
+        assert multihead.command("modelzoo.py", "modelzoo", modelzoo.run, flags(workspace, "--name", "a", *more)) == 2
+        out, err = capsys.readouterr()
+        assert message in err and err.count("\n") == 1 and not out
+    assert {p: p.read_bytes() for p in (workspace / "runs").rglob("*") if p.is_file()} == before
+
+
+def test_diverging_learner_stops_the_run_and_keeps_the_zoo(workspace, capsys):
+    start(workspace, "a", "--continual", "--num_rounds", "1")
+    write_yaml(workspace / "hp.yaml", {**CONV, "lr": 1e9})
+    assert multihead.command("modelzoo.py", "modelzoo", modelzoo.run, flags(workspace, "--name", "b")) == 2
+    err = capsys.readouterr().err
+    assert "round 0, epoch 0: the training loss is" in err and "learning rate 1e+09" in err and err.count("\n") == 1
+
+
+def test_output_names_tasks_and_says_where_everything_is(workspace, capsys):
+    write_yaml(workspace / "data.yaml", {"dataset": "npz", "path": "toy.npz", "tasks": [[0, 1], [2, 3], [4, 5]],
+                                         "names": ["night", "dusk [early]", "day"]})  # fmt: skip
+    result = start(workspace, "a", "--continual")
+    out = capsys.readouterr().out
+    assert "\x1b" not in out  # not a terminal: no bars, no colours
+    mean = 100 * result["accuracy_matrix"][0][0]
+    assert f"round 1/3: night: zoo's test accuracy {mean:.2f} % on 1 task seen" in out
+    assert "2 day" in out and "1 dusk [early]" in out and str(workspace / "runs/a") in out
+    for key in ("average accuracy", "learning accuracy", "forgetting", "backward transfer"):
+        assert key in out
+
+
+def run_script(*argv, **env):
+    return subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True, env={**os.environ, **env})
+
+
+def test_scripts_as_a_shell_starts_them(workspace):
+    done = run_script("modelzoo.py", *flags(workspace, "--continual", "--num_rounds", "1"))
+    assert done.returncode == 0 and "average accuracy" in done.stdout and done.stderr == ""
+    folder = workspace / "runs/data-hp-modelzoo-continual-num_rounds=1-seed=0"
+    assert (folder / "result.json").exists()
+    wrong = run_script("multihead.py", *flags(workspace, "--epochs", "none"))
+    assert wrong.returncode == 2 and wrong.stderr == "multihead.py: argument --epochs: invalid int value: 'none'\n"
+    shown = run_script("modelzoo.py", "-h")
+    assert shown.returncode == 0 and "--replay_frac" in shown.stdout
+
+
+def test_neither_data_nor_network_is_one_line(workspace):
+    write_yaml(workspace / "data.yaml", {"dataset": "mnist", "tasks": [[0, 1]]})
+    proxy = {f"{p}_proxy": "http://127.0.0.1:9" for p in ("http", "https")}
+    done = run_script("modelzoo.py", *flags(workspace), **proxy)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stdout == ""
+    for words in ("mnist: no data", "data/mnist.npz", "data/MNIST/raw", "connect this machine to the network, or put"):
+        assert words in done.stderr
+    assert not (workspace / "runs").exists()
+
+
+def readme_commands():
+    blocks = (ROOT / "README.md").read_text().split("```")[1::2]
+    text = "\n".join(block.partition("\n")[2] for block in blocks).replace("\\\n", " ")
+    return [line.strip() for line in text.splitlines() if line.strip().startswith(("python m", "make "))]
+
+
+def test_readme_commands_are_understood(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    commands = readme_commands()
+    assert len(commands) >= 5
+    targets = (ROOT / "Makefile").read_text()
+    for command in commands:
+        words = shlex.split(command, comments=True)
+        if words[0] == "make":
+            assert all(f"\n{target}:" in targets for target in words[1:])
+        else:
+            method = words[1].removesuffix(".py")
+            assert read_settings(words[1], method, words[2:]).method == method

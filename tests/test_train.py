@@ -1,0 +1,150 @@
+"""Augmentation against a loop over images; training against a plain loop in float64."""
+import copy
+import math
+
+import pytest
+import torch
+
+from net.build_net import build_net, set_dropout_generator
+from utils.run_net import PAD, learning_rate, normalise, predict_logits, sample_crops, train_net
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_crop_and_flip_against_a_loop_over_images(flip):
+    images = torch.randint(1, 256, (50, 3, 9, 11), dtype=torch.uint8, generator=generator(3))
+    out = sample_crops(images, flip, generator(7))
+    # The same draws, used one image at a time.
+    g = generator(7)
+    shift = torch.randint(0, 2 * PAD + 1, (2, 50, 1), generator=g)
+    mirrored = torch.randint(0, 2, (50, 1), generator=g) if flip else torch.zeros(50, 1)
+    for b in range(50):
+        padded = torch.zeros(3, 9 + 2 * PAD, 11 + 2 * PAD, dtype=torch.uint8)
+        padded[:, PAD : PAD + 9, PAD : PAD + 11] = images[b]
+        y, x = shift[:, b, 0].tolist()
+        crop = padded[:, y : y + 9, x : x + 11]
+        assert out[b].equal(crop.flip(2) if mirrored[b] else crop)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_crops_cover_every_offset_and_half_are_mirrored():
+    ramp = torch.arange(1, 101, dtype=torch.uint8).view(1, 1, 10, 10).expand(4000, 1, 10, 10)
+    centre = sample_crops(ramp, True, generator())[:, 0, 4:6, 4:6].flatten(1)
+    mirrored = (centre[:, 0] > centre[:, 1]).double().mean().item()
+    assert mirrored == pytest.approx(0.5, abs=0.032)  # 4 standard deviations
+    assert len(centre.unique(dim=0)) == 2 * (2 * PAD + 1) ** 2
+
+
+def test_normalise_has_mean_half_and_deviation_a_quarter():
+    x = torch.tensor([0, 51, 255], dtype=torch.uint8)
+    assert normalise(x).tolist() == pytest.approx([(v / 255 - 0.5) / 0.25 for v in (0, 51, 255)])
+
+
+def test_learning_rate_is_annealed_to_zero_over_all_steps():
+    rates = [learning_rate("cosine", 0.4, step, 4) for step in range(4)]
+    assert rates == pytest.approx([0.4, 0.2 * (1 + math.sqrt(0.5)), 0.2, 0.2 * (1 - math.sqrt(0.5))])
+    assert learning_rate("cosine", 0.4, 4, 4) == 0
+    assert learning_rate("constant", 0.4, 3, 4) == 0.4
+
+
+def make_training(seed=0):
+    g = generator(seed)
+    images = torch.randint(0, 256, (40, 1, 28, 28), dtype=torch.uint8, generator=g)
+    rows = torch.arange(0, 40, 2)
+    heads = torch.arange(20) % 2
+    labels = torch.randint(0, 3, (20,), generator=g)
+    labels[heads == 1] %= 2
+    return images, rows, heads, labels
+
+
+TRAINING = {"epochs": 2, "batch": 8, "lr": 0.05, "l2_reg": 0.01, "schedule": "cosine", "augment": False,
+            "flip": False, "precision": "fp32"}  # fmt: skip
+
+
+def train(net, seed=0, **changes):
+    arguments = {**TRAINING, **changes}
+    epochs = train_net(net, *make_training(), **arguments, shuffle_generator=generator(seed),
+                       augment_generator=generator(seed))  # fmt: skip
+    return list(epochs)
+
+
+def test_training_equals_a_plain_loop_in_float64():
+    """Two epochs of batches 8, 8 and 4, heads of 3 and 2 classes; every update written out."""
+    net = build_net("conv", (1, 28, 28), [3, 2], 0.0, seed=1)
+    plain = copy.deepcopy(net).double().train()
+    found = train(net)
+
+    images, rows, heads, labels = make_training()
+    shuffle, velocity, step, steps = generator(), {}, 0, 6
+    for epoch in range(2):
+        total, hits = 0.0, 0
+        for i in torch.randperm(20, generator=shuffle).split(8):
+            rate = 0.05 * (1 + math.cos(math.pi * step / steps)) / 2
+            features = plain.backbone((images[rows[i]].double() / 255 - 0.5) / 0.25)
+            loss = 0.0
+            for b, j in enumerate(i):
+                classes = [3, 2][heads[j]]
+                weight, bias = plain.heads.weight[heads[j], :classes], plain.heads.bias[heads[j], :classes]
+                log_probs = (weight @ features[b] + bias).log_softmax(0)
+                loss = loss - log_probs[labels[j]] / len(i)
+                hits += int(log_probs.argmax() == labels[j])
+            plain.zero_grad()
+            loss.backward()
+            with torch.no_grad():
+                for name, p in plain.named_parameters():
+                    gradient = p.grad + 0.01 * p
+                    velocity[name] = 0.9 * velocity[name] + gradient if name in velocity else gradient
+                    p -= rate * (gradient + 0.9 * velocity[name])
+            total += loss.item() * len(i)
+            step += 1
+        assert found[epoch]["train_loss"] == pytest.approx(total / 20, rel=1e-5)
+        assert found[epoch]["train_accuracy"] == hits / 20
+        assert found[epoch]["lr"] == pytest.approx(rate)
+    for (name, p), q in zip(net.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.double(), q, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_weight_decay_reaches_every_parameter_and_gradients_only_the_rows_own_head():
+    images, rows, _, labels = make_training()
+    net = build_net("conv", (1, 28, 28), [3, 3], 0.0, seed=1)
+    before = net.heads.weight.detach().clone()
+    list(train_net(net, images, rows, torch.zeros(20, dtype=torch.long), labels, **{**TRAINING, "epochs": 1, "batch": 20},
+                   shuffle_generator=generator(), augment_generator=generator()))  # fmt: skip
+    # One step at the full rate: a head without rows moves by its decay alone, times 1 + momentum (Nesterov).
+    torch.testing.assert_close(net.heads.weight[1], before[1] * (1 - 0.05 * 0.01 * 1.9))
+    assert (net.heads.weight[0] - before[0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("changes", [{"augment": True, "flip": True}, {"precision": "bf16"}, {"schedule": "constant"}])
+def test_same_seed_same_net_and_another_seed_another(changes):
+    nets = []
+    for seed in (0, 0, 1):
+        net = build_net("wrn16_4", (1, 28, 28), [3, 2], 0.3, seed=1)
+        set_dropout_generator(net, generator(seed))
+        state = torch.get_rng_state()
+        train(net, seed, epochs=1, batch=20, **changes)
+        assert torch.equal(state, torch.get_rng_state())
+        nets.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
+    assert nets[0].equal(nets[1]) and not nets[0].equal(nets[2])
+
+
+def test_bf16_touches_neither_loss_nor_parameters():
+    net = build_net("conv", (1, 28, 28), [3, 2], 0.0, seed=1)
+    values = train(net, precision="bf16")
+    exact = train(build_net("conv", (1, 28, 28), [3, 2], 0.0, seed=1))
+    assert {p.dtype for p in net.parameters()} == {torch.float32}
+    assert values[0]["train_loss"] == pytest.approx(exact[0]["train_loss"], rel=0.02)
+    images = make_training()[0]
+    assert predict_logits(net, images, torch.arange(4), 1, 2, "bf16").dtype == torch.float32
+
+
+def test_prediction_goes_through_the_head_asked_for_and_in_the_order_asked_for():
+    net = build_net("conv", (1, 28, 28), [3, 2], 0.0, seed=1).eval()
+    images = torch.randint(0, 256, (300, 1, 28, 28), dtype=torch.uint8, generator=generator())
+    rows = torch.randperm(300, generator=generator())
+    features = net.backbone(normalise(images[rows]))
+    torch.testing.assert_close(predict_logits(net, images, rows, 1, 2, "fp32"),
+                               features @ net.heads.weight[1, :2].T + net.heads.bias[1, :2], rtol=1e-4, atol=1e-5)  # fmt: skip

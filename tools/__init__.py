@@ -1,0 +1,1 @@
+"""Scripts that only read run folders or start runs; nothing imports them."""
