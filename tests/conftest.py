@@ -4,7 +4,7 @@ import pytest
 import torch
 import yaml
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the batches here are too small to share
 
 CONV = {"model": "conv", "batch": 8, "lr": 0.01, "l2_reg": 1e-5, "dropout": 0, "epochs": 2, "schedule": "constant",
         "augment": False}  # fmt: skip
