@@ -6,12 +6,13 @@ learner on them, and predicts a task by averaging the learners that know it.
 import math
 import sys
 from fractions import Fraction
+from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 
-from multihead import Learner, command, finish, open_folder, prepare, train_learner
-from utils.logger import RunError, RunLog, load_tensors, save_tensors, task_names
+from multihead import command, finish, open_folder, prepare, train_or_load
+from utils.logger import RunLog, task_names
 from utils.metrics import accuracy, negative_log_likelihood
 from utils.run_net import make_generator
 
@@ -134,9 +135,9 @@ def replay_repeats(num_tasks, replay_frac):
 def run(settings):
     """Grow a zoo in its run folder and return its result."""
     device, precision, train, test = prepare(settings)
-    folder = open_folder(settings, device, precision)
-    matrix, rounds, seconds = grow_zoo(settings, precision, train, test, folder)
-    return finish(settings, device, precision, folder, matrix, rounds, seconds)
+    with open_folder(settings, device, precision):
+        grown = grow_zoo(settings, precision, train, test, Path(settings.out) / settings.name)
+        return finish(settings, device, precision, *grown)
 
 
 def grow_zoo(settings, precision, train, test, folder):
@@ -160,17 +161,9 @@ def grow_zoo(settings, precision, train, test, folder):
     zoo = Zoo([train.labels[rows] for rows in kept], [test.labels[test.rows(t)] for t in range(num_tasks)],
               train.classes[:num_tasks], r)  # fmt: skip
 
-    def train_or_load(k, tasks):
-        """The learner of round k on `tasks`, and whether an earlier process had trained it."""
-        path = learner_path(folder, k)
-        replayed = [continual and r < 1 and t != k for t in tasks]
-        rows = [kept[t].repeat(replay_repeats(len(tasks), r)) if past else train.rows(t)
-                for t, past in zip(tasks, replayed, strict=True)]  # fmt: skip
-        if path.exists():
-            log.skip(settings.epochs * sum(map(len, rows)))
-            return load_learner(path, tasks, train.images.device), True
-        log.forget(k)
-        return train_learner(settings, precision, train, test, tasks, rows, [kept[t] for t in tasks], k, log), False
+    def train_rows(k, tasks, t):
+        """The rows of task t that the learner of round k trains on: all of a new task, the kept ones of a past task."""
+        return kept[t].repeat(replay_repeats(len(tasks), r)) if continual and r < 1 and t != k else train.rows(t)
 
     per_round = [min(settings.tasks_per_round, k + 1 if continual else num_tasks) for k in range(settings.num_rounds)]
     learned = sum(per_round) + num_tasks * settings.warm_start
@@ -182,7 +175,8 @@ def grow_zoo(settings, precision, train, test, folder):
             else:
                 tasks, weights = choose_tasks(zoo, k, continual, settings.tasks_per_round, settings.naive,
                                               make_generator(seed, k, "draw"))  # fmt: skip
-            learner, loaded = train_or_load(k, tasks)
+            learner = train_or_load(settings, precision, train, test, tasks, [train_rows(k, tasks, t) for t in tasks],
+                                    [kept[t] for t in tasks], k, folder, log)  # fmt: skip
             zoo.add(learner)
             seconds += learner.seconds
             seen = k + 1 if continual else num_tasks
@@ -192,37 +186,11 @@ def grow_zoo(settings, precision, train, test, folder):
                 matrix.append(zoo.accuracy[:seen] + unseen)
                 rounds.append({"tasks": tasks, "weights": weights, "train_loss": zoo.loss[:seen] + unseen,
                                "seconds": learner.seconds})  # fmt: skip
-            if not loaded:
-                log.write(round=k, tasks=tasks, test_accuracy=mean, seconds=learner.seconds)
-                save_learner(learner_path(folder, k), learner)
+            log.log_round(k, tasks=tasks, test_accuracy=mean, seconds=learner.seconds)
             log.print(f"{'warm start' if k == WARM else f'round {k + 1}/{settings.num_rounds}'}: "
                       f"{', '.join(names[t] for t in tasks)}: zoo's test accuracy {100 * mean:.2f} % on {seen} "
-                      f"task{'s' * (seen > 1)} seen, {learner.seconds:.1f} s{', trained before' * loaded}")  # fmt: skip
+                      f"task{'s' * (seen > 1)} seen, {learner.seconds:.1f} s")  # fmt: skip
     return matrix, rounds, seconds
-
-
-def learner_path(folder, k):
-    """Where the learner of round k is kept."""
-    return folder / "learners" / ("warm.pt" if k == WARM else f"{k:03}.pt")
-
-
-def save_learner(path, learner):
-    """Write a learner's tasks, logits and, with --save_nets, weights."""
-    logits = {key: [x.cpu() for x in getattr(learner, key)] for key in ("train_logits", "test_logits")}
-    save_tensors(path, {"tasks": list(learner.tasks), "seconds": learner.seconds, "net": learner.net, **logits})
-
-
-def load_learner(path, tasks, device):
-    """Read the learner that an earlier process trained on `tasks`.
-
-    Raises:
-        RunError: the file is of other tasks.
-    """
-    saved = load_tensors(path, device)
-    if saved["tasks"] != tasks:
-        raise RunError(f"{path}: trained on tasks {saved['tasks']} where this run draws {tasks}: not of this run")
-    logits = [tuple(saved[key]) for key in ("train_logits", "test_logits")]
-    return Learner(tuple(tasks), *logits, saved["seconds"], saved["net"])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Multi-Head: one learner on all tasks at once, the joint baseline; and the learner that a Model Zoo is made of."""
+import contextlib
 import json
 import math
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -15,8 +17,21 @@ from datasets.data import DataError
 from net.build_net import build_net, set_dropout_generator
 from utils import metrics
 from utils.config import ConfigError, read_settings
-from utils.logger import RunError, RunLog, describe_hardware, open_run, print_result, task_names, versions, write_file
+from utils.logger import (
+    RunError,
+    RunLog,
+    describe_hardware,
+    load_tensors,
+    open_run,
+    print_result,
+    save_tensors,
+    task_names,
+    versions,
+    write_file,
+)
 from utils.run_net import choose_device, choose_precision, derive_seed, make_generator, predict_logits, train_net
+
+CHECKPOINT_SECONDS = 60  # between two checkpoints of a learner in training, at least
 
 
 @dataclass(frozen=True)
@@ -38,7 +53,7 @@ class Learner:
     net: dict | None = None
 
 
-def train_learner(settings, precision, train, test, tasks, rows, seen, round, log):
+def train_learner(settings, precision, train, test, tasks, rows, seen, round, log, checkpoint=None):
     """Train a network with a head a task from a fresh start, and evaluate it.
 
     Args:
@@ -50,37 +65,49 @@ def train_learner(settings, precision, train, test, tasks, rows, seen, round, lo
         seen: [n] tensors, the rows of `train` on which the learner's logits are kept.
         round: which learner of the run this is; it decides every random choice together with the seed.
         log: the `RunLog`.
+        checkpoint: a file that is kept up to date between epochs while training takes long, and from which training
+            goes on where it is there (None: no such file).
 
     Returns:
         A `Learner`.
 
     Raises:
-        RunError: the training loss is not finite, or the device's memory does not suffice.
+        RunError: the training loss is not finite, the device's memory does not suffice, or the disk refuses.
     """
-    began = time.perf_counter()
-    device = train.images.device
-    seed = settings.seed
+    device, seed = train.images.device, settings.seed
     classes = [train.classes[t] for t in tasks]
     net = build_net(settings.model, train.images.shape[1:], classes, settings.dropout, derive_seed(seed, round, "init"))
     net.to(device)
-    set_dropout_generator(net, make_generator(seed, round, "dropout", device))
+    purposes = ("shuffle", "augment", "dropout")
+    generators = {purpose: make_generator(seed, round, purpose, device) for purpose in purposes}
+    set_dropout_generator(net, generators["dropout"])
     heads = torch.cat([torch.full_like(r, head) for head, r in enumerate(rows)])
     rows = torch.cat(tuple(rows))
+    saved = load_whole(checkpoint, "cpu", log) if checkpoint else None
+    first, seconds = (saved["training"]["epoch"], saved["seconds"]) if saved else (0, 0.0)
+    began = time.perf_counter() - seconds
+    log.forget(round, first)
     log.start_round(round, settings.epochs)
+    log.skip(first * len(rows), first, settings.epochs)
     epochs = train_net(
         net, train.images, rows, heads, train.labels[rows], epochs=settings.epochs, batch=settings.batch,
         lr=settings.lr, l2_reg=settings.l2_reg, schedule=settings.schedule, augment=settings.augment, flip=train.flip,
-        precision=precision, shuffle_generator=make_generator(seed, round, "shuffle", device),
-        augment_generator=make_generator(seed, round, "augment", device),
+        precision=precision, generators=generators, start=saved["training"] if saved else None,
     )  # fmt: skip
+    due = time.perf_counter() + CHECKPOINT_SECONDS
     try:
-        for epoch, values in enumerate(epochs):
+        for epoch, (values, snapshot) in enumerate(epochs, first):
             if not math.isfinite(values["train_loss"]):
                 raise RunError(
                     f"round {round}, epoch {epoch}: the training loss is {values['train_loss']} at learning rate "
-                    f"{values['lr']:.3g}; the learners before it are whole; try a lower lr or --precision fp32"
+                    f"{values['lr']:.3g}; the learners before it are safe; try a lower lr or --precision fp32"
                 )
             log.log_epoch(round, epoch, settings.epochs, len(rows), **values, seconds=time.perf_counter() - began)
+            if checkpoint and time.perf_counter() >= due and epoch + 1 < settings.epochs:
+                start = time.perf_counter()
+                save_tensors(checkpoint, {"training": snapshot(), "seconds": start - began})
+                # A hundred times what writing costs: under 1 % of the time goes into it.
+                due = time.perf_counter() + max(CHECKPOINT_SECONDS, 100 * (time.perf_counter() - start))
         train_logits, test_logits = [], []
         for head, (t, looked_at) in enumerate(zip(tasks, seen, strict=True)):
             args = (head, train.classes[t], precision)
@@ -90,6 +117,69 @@ def train_learner(settings, precision, train, test, tasks, rows, seen, round, lo
         raise RunError(f"round {round}: {device} has too little memory for batch {settings.batch}; try less") from e
     weights = {k: v.cpu() for k, v in net.state_dict().items()} if settings.save_nets else None
     return Learner(tuple(tasks), tuple(train_logits), tuple(test_logits), time.perf_counter() - began, weights)
+
+
+def train_or_load(settings, precision, train, test, tasks, rows, seen, round, folder, log):
+    """The learner of `round`: from its file in the run folder where that is whole, else trained and saved there.
+
+    Args and errors as of `train_learner`, with `folder` the run folder.
+    """
+    name = "warm" if round < 0 else f"{round:03}"
+    path, checkpoint = (folder / "learners" / f"{name}.{kind}" for kind in ("pt", "checkpoint"))
+    learner = load_learner(path, train, test, tasks, seen, log)
+    if learner is None:
+        learner = train_learner(settings, precision, train, test, tasks, rows, seen, round, log, checkpoint)
+        logits = {key: [x.cpu() for x in getattr(learner, key)] for key in ("train_logits", "test_logits")}
+        save_tensors(path, {"tasks": list(tasks), "seconds": learner.seconds, "net": learner.net, **logits})
+    else:
+        log.skip(settings.epochs * sum(map(len, rows)))
+    with contextlib.suppress(OSError):
+        checkpoint.unlink()
+    return learner
+
+
+def load_learner(path, train, test, tasks, seen, log):
+    """Read a learner that an earlier process trained; None where there is none that is whole and of these tasks."""
+    saved = load_whole(path, train.images.device, log)
+    if saved is None:
+        return None
+    shapes = {"train_logits": [(len(rows), train.classes[t]) for t, rows in zip(tasks, seen, strict=True)],
+              "test_logits": [(len(test.rows(t)), test.classes[t]) for t in tasks]}  # fmt: skip
+    try:
+        fits = saved["tasks"] == tasks and all(
+            [tuple(x.shape) for x in saved[key]] == shapes[key] and all(x.dtype == torch.float32 for x in saved[key])
+            for key in shapes
+        )
+        if fits:
+            logits = (tuple(saved[key]) for key in shapes)
+            return Learner(tuple(tasks), *logits, float(saved["seconds"]), saved["net"])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        pass  # a file of another program
+    set_aside(path, "not of this run", log)
+    return None
+
+
+def load_whole(path, device, log):
+    """What `save_tensors` wrote to `path`; None where there is none or, reported and set aside, a damaged one."""
+    try:
+        return load_tensors(path, device)
+    except FileNotFoundError:
+        return None
+    except OSError as e:
+        raise RunError(f"{path}: cannot be read ({e.strerror})") from e
+    except ValueError as e:
+        set_aside(path, e, log)
+        return None
+
+
+def set_aside(path, why, log):
+    """Rename a file that cannot be used, and say so."""
+    aside = path.with_name(f"{path.name}.damaged")
+    try:
+        path.replace(aside)
+    except OSError as e:
+        raise RunError(f"{path}: {why}, and cannot be renamed ({e.strerror})") from e
+    log.print(f"{path}: {why}; kept as {aside.name}, trained again")
 
 
 def prepare(settings):
@@ -112,10 +202,9 @@ def prepare(settings):
 
 
 def open_folder(settings, device, precision):
-    """Make the run folder, or check that the one that is there may be gone on with, and return its path."""
+    """A context in which this process is the only writer of the run folder."""
     folder = Path(settings.out) / settings.name
-    open_run(folder, record(settings, device, precision), settings.resume, describe_hardware(device))
-    return folder
+    return open_run(folder, record(settings, device, precision), settings.resume, describe_hardware(device))
 
 
 def record(settings, device, precision):
@@ -123,7 +212,7 @@ def record(settings, device, precision):
     return json.loads(json.dumps(asdict(settings) | {"device": device.type, "precision": precision}))
 
 
-def finish(settings, device, precision, folder, matrix, rounds, seconds):
+def finish(settings, device, precision, matrix, rounds, seconds):
     """Write result.json, the last file of a run; README.md defines every key. Print and return it."""
     result = {
         "method": settings.method,
@@ -139,33 +228,58 @@ def finish(settings, device, precision, folder, matrix, rounds, seconds):
         "versions": versions(),
         "seconds": seconds,
     }
+    folder = Path(settings.out) / settings.name
     write_file(folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())
     print_result(result, task_names(settings.tasks, settings.names), folder)
     return result
 
 
 def run(settings):
-    """Train Multi-Head and return its result."""
+    """Train Multi-Head in its run folder and return its result."""
     device, precision, train, test = prepare(settings)
-    folder = open_folder(settings, device, precision)
     tasks = list(range(len(settings.tasks)))
     rows = [train.rows(t) for t in tasks]
-    with RunLog(folder, 1, settings.epochs * len(train.labels)) as log:
-        learner = train_learner(settings, precision, train, test, tasks, rows, rows, 0, log)
-    accuracy = [metrics.accuracy(learner.test_logits[t], test.labels[test.rows(t)]) for t in tasks]
-    log_probs = [F.log_softmax(logits.double(), dim=1) for logits in learner.train_logits]
-    loss = [metrics.negative_log_likelihood(log_probs[t], train.labels[rows[t]]) for t in tasks]
-    rounds = [{"tasks": tasks, "weights": [], "train_loss": loss, "seconds": learner.seconds}]
-    return finish(settings, device, precision, folder, [accuracy], rounds, learner.seconds)
+    folder = Path(settings.out) / settings.name
+    with open_folder(settings, device, precision), RunLog(folder, 1, settings.epochs * len(train.labels)) as log:
+        learner = train_or_load(settings, precision, train, test, tasks, rows, rows, 0, folder, log)
+        accuracy = [metrics.accuracy(learner.test_logits[t], test.labels[test.rows(t)]) for t in tasks]
+        log_probs = [F.log_softmax(logits.double(), dim=1) for logits in learner.train_logits]
+        loss = [metrics.negative_log_likelihood(log_probs[t], train.labels[rows[t]]) for t in tasks]
+        log.log_round(0, tasks=tasks, test_accuracy=sum(accuracy) / len(tasks), seconds=learner.seconds)
+        rounds = [{"tasks": tasks, "weights": [], "train_loss": loss, "seconds": learner.seconds}]
+        return finish(settings, device, precision, [accuracy], rounds, learner.seconds)
+
+
+class Stopped(BaseException):
+    """A signal asks this process to end."""
+
+
+def _stop(number, _):
+    for signal_number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signal_number, signal.SIG_IGN)  # once is enough
+    raise Stopped(number)
 
 
 def command(prog, method, run, argv=None):
-    """Run one command and return its exit status: 2, after one line, where the user must mend something."""
+    """Run one command and return its exit status.
+
+    2, after one line, where the user must mend something; 128 + n after signal n, which loses at most the learner in
+    training.
+    """
+    before = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        run(read_settings(prog, method, argv))
+        settings = read_settings(prog, method, argv)
+        run(settings)
     except (ConfigError, DataError, RunError) as e:
         print(f"{prog}: {e}", file=sys.stderr)
         return 2
+    except Stopped as e:
+        number = signal.Signals(e.args[0])
+        print(f"{prog}: stopped by {number.name}; the same command with --resume goes on", file=sys.stderr)
+        return 128 + number
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return 0
 
 

@@ -23,8 +23,11 @@ _ALLOWED = {
 }
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Reads dicts, lists, numbers, texts and arrays; a pickle that names anything else is refused, not run."""
+class _ArrayUnpickler(pickle._Unpickler):
+    """Reads dicts, lists, numbers, texts and arrays; a pickle that names anything else is refused, not run.
+
+    The unpickler written in Python: the one in C takes as much memory as a damaged file tells it to.
+    """
 
     def find_class(self, module, name):
         if (module, name) not in _ALLOWED:

@@ -42,7 +42,7 @@ def test_continual_run_folder(workspace):
     result = start(workspace, "a", "--continual", "--save_nets")
     folder = workspace / "runs/a"
     assert sorted(p.name for p in folder.rglob("*") if p.is_file()) == [
-        "000.pt", "001.pt", "002.pt", "config.yaml", "log.jsonl", "result.json"]  # fmt: skip
+        "000.pt", "001.pt", "002.pt", "config.yaml", "lock", "log.jsonl", "result.json"]  # fmt: skip
     assert result["method"] == "modelzoo" and result["classes"] == [[0, 1], [2, 3], [4, 5]]
     matrix = result["accuracy_matrix"]
     assert [[x is None for x in row] for row in matrix] == [[False, True, True], [False, False, True], [False] * 3]
@@ -86,7 +86,8 @@ def test_stored_logits_give_the_accuracies(workspace):
 
 
 def test_same_seed_same_result_and_another_seed_another(workspace):
-    runs = [start(workspace, name, "--continual", "--seed", seed) for name, seed in (("a", "0"), ("b", "0"), ("c", "1"))]
+    seeds = {"a": "0", "b": "0", "c": "1"}
+    runs = [start(workspace, name, "--continual", "--seed", seed) for name, seed in seeds.items()]
     assert numbers(runs[0]) == numbers(runs[1])
     assert runs[0]["rounds"][0]["train_loss"] != runs[2]["rounds"][0]["train_loss"]
 
@@ -114,13 +115,13 @@ def test_replay_of_everything_equals_no_limit(workspace):
 
 def test_limited_replay_trains_and_looks_only_at_what_it_kept(workspace, monkeypatch):
     seen = []
-    original = modelzoo.train_learner
+    original = multihead.train_learner
 
-    def spy(settings, precision, train, test, tasks, rows, kept, round, log):
+    def spy(settings, precision, train, test, tasks, rows, kept, *more):
         seen.append((train, tasks, rows, kept))
-        return original(settings, precision, train, test, tasks, rows, kept, round, log)
+        return original(settings, precision, train, test, tasks, rows, kept, *more)
 
-    monkeypatch.setattr(modelzoo, "train_learner", spy)
+    monkeypatch.setattr(multihead, "train_learner", spy)
     start(workspace, "a", "--continual", "--replay_frac", "0.2")
     for k, (train, tasks, rows, kept) in enumerate(seen):
         assert rows[-1].equal(train.rows(k))
@@ -172,7 +173,8 @@ def test_multihead(workspace):
 
 def test_unequal_class_counts_samples_and_colour(workspace):
     np.savez(workspace / "data/toy.npz", **make_arrays(classes=9, channels=3, size=32))
-    write_yaml(workspace / "data.yaml", {"dataset": "npz", "path": "toy.npz", "tasks": [[0, 1], [2, 3, 4, 8], [5, 6, 7]]})
+    tasks = [[0, 1], [2, 3, 4, 8], [5, 6, 7]]
+    write_yaml(workspace / "data.yaml", {"dataset": "npz", "path": "toy.npz", "tasks": tasks})
     write_yaml(workspace / "hp.yaml", {**CONV, "augment": True, "schedule": "cosine"})
     result = start(workspace, "a", "--continual", "--samples", "6")
     saved = torch.load(workspace / "runs/a/learners/002.pt", weights_only=True)
@@ -187,7 +189,8 @@ def test_interrupted_run_resumes_to_the_same_result(workspace):
     for name in ("result.json", "learners/002.pt", "learners/001.pt"):
         (workspace / "runs/b" / name).unlink()
     log = workspace / "runs/b/log.jsonl"
-    log.write_text("\n".join(log.read_text().splitlines()[:4]) + '\n{"round": 1, "epo')  # killed in the middle of a line
+    # Killed in the middle of a line.
+    log.write_text("\n".join(log.read_text().splitlines()[:4]) + '\n{"round": 1, "epo')
     resumed = start(workspace, "b", "--continual", "--resume")
     assert numbers(resumed) == numbers(whole)
     lines = [json.loads(line) for line in log.read_text().splitlines()]
@@ -199,8 +202,11 @@ def test_existing_folder_is_neither_overwritten_nor_mixed(workspace, capsys):
     start(workspace, "a", "--continual")
     before = {p: p.read_bytes() for p in (workspace / "runs").rglob("*") if p.is_file()}
     capsys.readouterr()
-    for more, message in ((["--continual"], "is there already"), (["--continual", "--resume", "--seed", "1"], "seed 0, not 1"),
-                          (["--resume"], "was run with continual True, not False")):  # fmt: skip
+    for more, message in (
+        (["--continual"], "is there already"),
+        (["--continual", "--resume", "--seed", "1"], "seed 0, not 1"),
+        (["--resume"], "was run with continual True, not False"),
+    ):
         assert multihead.command("modelzoo.py", "modelzoo", modelzoo.run, flags(workspace, "--name", "a", *more)) == 2
         out, err = capsys.readouterr()
         assert message in err and err.count("\n") == 1 and not out

@@ -66,9 +66,8 @@ TRAINING = {"epochs": 2, "batch": 8, "lr": 0.05, "l2_reg": 0.01, "schedule": "co
 
 def train(net, seed=0, **changes):
     arguments = {**TRAINING, **changes}
-    epochs = train_net(net, *make_training(), **arguments, shuffle_generator=generator(seed),
-                       augment_generator=generator(seed))  # fmt: skip
-    return list(epochs)
+    generators = {"shuffle": generator(seed), "augment": generator(seed)}
+    return [values for values, _ in train_net(net, *make_training(), **arguments, generators=generators)]
 
 
 def test_training_equals_a_plain_loop_in_float64():
@@ -111,8 +110,8 @@ def test_weight_decay_reaches_every_parameter_and_gradients_only_the_rows_own_he
     images, rows, _, labels = make_training()
     net = build_net("conv", (1, 28, 28), [3, 3], 0.0, seed=1)
     before = net.heads.weight.detach().clone()
-    list(train_net(net, images, rows, torch.zeros(20, dtype=torch.long), labels, **{**TRAINING, "epochs": 1, "batch": 20},
-                   shuffle_generator=generator(), augment_generator=generator()))  # fmt: skip
+    arguments = {**TRAINING, "epochs": 1, "batch": 20, "generators": {"shuffle": generator()}}
+    list(train_net(net, images, rows, torch.zeros(20, dtype=torch.long), labels, **arguments))
     # One step at the full rate: a head without rows moves by its decay alone, times 1 + momentum (Nesterov).
     torch.testing.assert_close(net.heads.weight[1], before[1] * (1 - 0.05 * 0.01 * 1.9))
     assert (net.heads.weight[0] - before[0]).abs().max() > 1e-3
@@ -146,5 +145,5 @@ def test_prediction_goes_through_the_head_asked_for_and_in_the_order_asked_for()
     images = torch.randint(0, 256, (300, 1, 28, 28), dtype=torch.uint8, generator=generator())
     rows = torch.randperm(300, generator=generator())
     features = net.backbone(normalise(images[rows]))
-    torch.testing.assert_close(predict_logits(net, images, rows, 1, 2, "fp32"),
-                               features @ net.heads.weight[1, :2].T + net.heads.bias[1, :2], rtol=1e-4, atol=1e-5)  # fmt: skip
+    expected = features @ net.heads.weight[1, :2].T + net.heads.bias[1, :2]
+    torch.testing.assert_close(predict_logits(net, images, rows, 1, 2, "fp32"), expected, rtol=1e-4, atol=1e-5)

@@ -230,6 +230,7 @@ def make_parser(prog, method):
     p.add_argument("--data_dir", default="data", help="where the data lie or are downloaded to (default: data)")
     p.add_argument("--out", default="runs", help="folder of the run folders (default: runs)")
     p.add_argument("--name", help="the run folder's name (default: made of the settings)")
+    p.add_argument("--resume", action="store_true", help="go on with the run of this name, or start it")
     p.add_argument("--device", default="auto", help="auto (CUDA if there, else CPU), cpu, cuda, cuda:1, ...")
     p.add_argument("--precision", default="auto", help="auto (bf16 on CUDA, fp32 on CPU), fp32, bf16 or fp16")
     if method == "modelzoo":
@@ -239,7 +240,6 @@ def make_parser(prog, method):
         p.add_argument("--replay_frac", type=float, help="share of a past task's rows that is kept (default: 1)")
         p.add_argument("--naive", action="store_true", help="draw tasks uniformly, not by the zoo's loss")
         p.add_argument("--warm_start", action="store_true", help="before round 0, one learner on all tasks joins")
-        p.add_argument("--resume", action="store_true", help="go on with the run of this name, or start it")
         p.add_argument("--save_nets", action="store_true", help="keep the networks' weights in the run folder")
     return p
 

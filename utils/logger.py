@@ -1,8 +1,13 @@
 """The run folder and what people watch: files written whole or not at all, bars, lines and tables."""
+import contextlib
+import fcntl
+import hashlib
 import io
 import json
+import math
 import os
 import platform
+import reprlib
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +22,7 @@ from rich.table import Table
 from utils.config import ConfigError, load_yaml
 
 FREE = ("resume", "out", "name", "data_dir", "save_nets")  # settings that may change when a run is resumed
+SEAL = b"sha256:"  # a tensor file ends in this and the checksum of all before it
 
 
 class RunError(Exception):
@@ -36,12 +42,20 @@ def write_file(path, data):
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name itself
+        finally:
+            os.close(folder)
     except OSError as e:
-        raise RunError(f"{path}: cannot be written ({e.strerror}); what was written before it is whole") from e
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise RunError(f"{path}: cannot be written ({e.strerror}); what was written before it is safe") from e
 
 
+@contextlib.contextmanager
 def open_run(folder, settings, resume, hardware):
-    """Make the run folder and its config.yaml, or check that the one that is there is of the same settings.
+    """Hold a run folder as its only writer: make it and its config.yaml, or go on with one of the same settings.
 
     Args:
         folder: path of the run folder.
@@ -50,23 +64,45 @@ def open_run(folder, settings, resume, hardware):
         hardware: what the run computes on, in words.
 
     Raises:
-        ConfigError: the folder is there and `resume` is not given, or its settings differ.
+        ConfigError: the folder is there and `resume` is not given, it is not a run's, its settings differ, or another
+            process is writing it.
         RunError: the folder cannot be written.
     """
-    if folder.exists():
-        if not resume:
-            raise ConfigError(f"{folder} is there already: --resume goes on with it, --name starts another beside it")
-        theirs = load_yaml(folder / "config.yaml").get("settings", {})
-        for key in (*settings, *theirs):
-            if key not in FREE and settings.get(key) != theirs.get(key):
-                raise ConfigError(f"--resume: {folder} was run with {key} {theirs.get(key)}, not {settings.get(key)}")
-        return
+    config, made_here = folder / "config.yaml", {"lock", "learners", ".config.yaml.part"}
     try:
-        (folder / "learners").mkdir(parents=True)
+        if folder.exists() and not resume:
+            raise FileExistsError
+        if folder.exists() and not config.exists() and not {p.name for p in folder.iterdir()} <= made_here:
+            raise ConfigError(f"{folder} is not a run folder: it has no config.yaml; take another --name")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=resume)
+        (folder / "learners").mkdir(exist_ok=True)
+        lock = open(folder / "lock", "a")  # noqa: SIM115 (closed below)
+    except FileExistsError as e:
+        message = f"{folder} is there already: --resume goes on with it, --name starts another beside it"
+        raise ConfigError(message) from e
     except OSError as e:
-        raise RunError(f"{folder}: cannot be made ({e.strerror})") from e
-    about = {"settings": settings, "versions": versions(), "commit": commit(), "hardware": hardware}
-    write_file(folder / "config.yaml", yaml.safe_dump(about, sort_keys=False, default_flow_style=None).encode())
+        raise RunError(f"{folder}: cannot be made or written ({e.strerror})") from e
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process, however that ends
+        except OSError as e:
+            raise ConfigError(f"{folder}: another process is writing it; wait for it or take another --name") from e
+        if config.exists():
+            _compare_settings(folder, settings, load_yaml(config).get("settings"))
+        else:
+            about = {"settings": settings, "versions": versions(), "commit": commit(), "hardware": hardware}
+            write_file(config, yaml.safe_dump(about, sort_keys=False, default_flow_style=None).encode())
+        yield
+
+
+def _compare_settings(folder, mine, theirs):
+    if not isinstance(theirs, dict):
+        raise ConfigError(f"{folder / 'config.yaml'}: key settings is missing; take another --name")
+    for key in (*mine, *theirs):
+        if key not in FREE and mine.get(key) != theirs.get(key):
+            was, now = (reprlib.repr(values.get(key)) for values in (theirs, mine))
+            raise ConfigError(f"--resume: {folder} was run with {key} {was}, not {now}; take another --name")
 
 
 def versions():
@@ -97,15 +133,27 @@ def describe_hardware(device):
 
 
 def save_tensors(path, tree):
-    """Write dicts, lists, numbers, texts and tensors (moved to the CPU) to `path`, as `write_file` does."""
+    """Write dicts, lists, numbers, texts and tensors to `path`, as `write_file` does, sealed with a checksum."""
     buffer = io.BytesIO()
     torch.save(tree, buffer)
-    write_file(path, buffer.getvalue())
+    data = buffer.getvalue()
+    write_file(path, data + SEAL + hashlib.sha256(data).digest())
 
 
 def load_tensors(path, device):
-    """Read what `save_tensors` wrote; nothing in the file is executed."""
-    return torch.load(path, map_location=device, weights_only=True)
+    """Read what `save_tensors` wrote, onto `device`; nothing in the file is executed.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: damaged, or not such a file.
+    """
+    data, seal, digest = path.read_bytes().rpartition(SEAL)
+    if not seal or hashlib.sha256(data).digest() != digest:
+        raise ValueError("damaged")
+    try:
+        return torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+    except Exception as e:  # whole, but of another program: torch raises nearly anything on it
+        raise ValueError("not a learner's file") from e
 
 
 def make_console():
@@ -125,6 +173,7 @@ class RunLog:
 
     def __init__(self, folder, rounds, work):
         self.path = folder / "log.jsonl"
+        self.round_lines = {line["round"] for line in self.read() if "epoch" not in line}
         self.rounds = rounds
         self.console = make_console()
         self.bars = progress.Progress(
@@ -150,12 +199,19 @@ class RunLog:
     def log_epoch(self, round, epoch, epochs, rows, **values):
         """Note an epoch (counted from 0) that trained on `rows` rows."""
         self.write(round=round, epoch=epoch, **values)
-        self.bars.update(self.learner_bar, advance=1, description=f"epoch {epoch + 1}/{epochs}")
-        self.bars.update(self.run_bar, advance=rows)
+        self.skip(rows, epoch + 1, epochs)
 
-    def skip(self, rows):
-        """Move the run's bar over rows that an earlier process trained on."""
+    def log_round(self, round, **values):
+        """Note the end of a round, once: a process that was killed may have done so before."""
+        if round not in self.round_lines:
+            self.write(round=round, **values)
+            self.round_lines.add(round)
+
+    def skip(self, rows, epoch=None, epochs=None):
+        """Move the run's bar on by `rows` training rows, and the learner's to `epoch` epochs done."""
         self.bars.update(self.run_bar, advance=rows)
+        if epoch is not None:
+            self.bars.update(self.learner_bar, completed=epoch, description=f"epoch {epoch}/{epochs}")
 
     def print(self, line):
         """Print a line above the bars."""
@@ -167,15 +223,27 @@ class RunLog:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")
         except OSError as e:
-            raise RunError(f"{self.path}: cannot be written ({e.strerror}); the learners before it are whole") from e
+            raise RunError(f"{self.path}: cannot be written ({e.strerror}); what was written before it is safe") from e
 
-    def forget(self, round):
-        """Drop the lines of `round` and later ones, which a killed process left behind."""
+    def read(self):
+        """The whole lines of log.jsonl, as dicts."""
+        try:
+            lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+        except FileNotFoundError:
+            return []
+        found = []
+        for line in lines:
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+        return [line for line in found if isinstance(line, dict) and isinstance(line.get("round"), int)]
+
+    def forget(self, round, epoch=0):
+        """Drop the lines of `round` from `epoch` on and of later rounds, which a killed process left behind."""
+        last = math.inf  # a round's own line comes after its epochs
+        kept = [line for line in self.read() if (line["round"], line.get("epoch", last)) < (round, epoch)]
         if self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["round"] < round]
-            if len(kept) < len(lines):
-                write_file(self.path, "".join(kept).encode())
+            write_file(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        self.round_lines = {line["round"] for line in kept if "epoch" not in line}
 
 
 def task_names(tasks, names, limit=40):
@@ -194,7 +262,8 @@ def print_result(result, names, folder):
         table.add_column(column, justify="left" if column == "task" else "right")
     for t, final in enumerate(result["accuracy"]):
         first = first_seen(result["accuracy_matrix"], result["rounds"], t)
-        table.add_row(escape(f"{t} {names[t]}"), percent(100 * first), percent(100 * final), f"{100 * (final - first):+.2f}")
+        change = f"{100 * (final - first):+.2f}"
+        table.add_row(escape(f"{t} {names[t]}"), percent(100 * first), percent(100 * final), change)
     console.print(table)
     for key in ("average_accuracy", "learning_accuracy", "forgetting", "backward_transfer"):
         if result[key] is not None:

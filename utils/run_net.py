@@ -97,7 +97,7 @@ def learning_rate(schedule, lr, step, steps):
 
 
 def train_net(net, images, rows, heads, labels, *, epochs, batch, lr, l2_reg, schedule, augment, flip, precision,
-              shuffle_generator, augment_generator):
+              generators, start=None):
     """Train `net`, an epoch each time the caller asks for the next one.
 
     Stochastic gradient descent with Nesterov momentum 0.9 and weight decay on all parameters, one update a step, on
@@ -112,26 +112,35 @@ def train_net(net, images, rows, heads, labels, *, epochs, batch, lr, l2_reg, sc
         labels: [n] int64, the class of each within its task.
         augment: crop at random, and mirror if `flip`.
         precision: fp32, bf16 or fp16, of the backbone alone.
-        shuffle_generator, augment_generator: on the device of the data.
+        generators: "shuffle", "augment" and "dropout" (the last is drawn from inside the net), on the data's device.
+        start: what `snapshot` returned, to go on from there (None: from the beginning).
 
     Yields:
-        After each epoch dict(train_loss, train_accuracy, lr): means over the rows as they were trained on, and
-        the rate of the epoch's last step.
+        After each epoch (values, snapshot): dict(train_loss, train_accuracy, lr), means over the rows as they were
+        trained on and the rate of the epoch's last step; and a function that returns all that training needs to go on
+        from here, exactly, as a dict of tensors and numbers.
     """
     net.train().to(memory_format=torch.channels_last)
     optimiser = torch.optim.SGD(net.parameters(), lr, momentum=0.9, weight_decay=l2_reg, nesterov=True)
     scaler = torch.amp.GradScaler(images.device.type, enabled=precision == "fp16")
     steps = epochs * math.ceil(len(rows) / batch)
-    step = 0
-    for _ in range(epochs):
+    first = 0
+    if start is not None:
+        first = start["epoch"]
+        for key, part in (("net", net), ("optimiser", optimiser), ("scaler", scaler)):
+            part.load_state_dict(start[key])
+        for key, generator in generators.items():
+            generator.set_state(start["generators"][key].cpu())
+    step = first * (steps // epochs)
+    for epoch in range(first, epochs):
         # Summed on the device and read once an epoch, so that no step waits for the host.
         loss_sum, correct = torch.zeros(2, dtype=torch.float64, device=images.device)
-        for i in torch.randperm(len(rows), generator=shuffle_generator, device=images.device).split(batch):
+        for i in torch.randperm(len(rows), generator=generators["shuffle"], device=images.device).split(batch):
             rate = learning_rate(schedule, lr, step, steps)
             optimiser.param_groups[0]["lr"] = rate
             x, head, label = images[rows[i]], heads[i], labels[i]
             if augment:
-                x = sample_crops(x, flip, augment_generator)
+                x = sample_crops(x, flip, generators["augment"])
             logits = forward(net, x, head, precision)
             loss = F.cross_entropy(logits, label)
             optimiser.zero_grad()
@@ -141,7 +150,13 @@ def train_net(net, images, rows, heads, labels, *, epochs, batch, lr, l2_reg, sc
             loss_sum += loss.detach().double() * len(i)
             correct += (logits.detach().argmax(1) == label).sum()
             step += 1
-        yield {"train_loss": loss_sum.item() / len(rows), "train_accuracy": correct.item() / len(rows), "lr": rate}
+        values = {"train_loss": loss_sum.item() / len(rows), "train_accuracy": correct.item() / len(rows), "lr": rate}
+
+        def snapshot(done=epoch + 1):
+            parts = {"net": net.state_dict(), "optimiser": optimiser.state_dict(), "scaler": scaler.state_dict()}
+            return {"epoch": done, "generators": {k: g.get_state() for k, g in generators.items()}, **parts}
+
+        yield values, snapshot
 
 
 @torch.no_grad()
