@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 DIGITS = --data_config config/dataset/rotated_digits.yaml --hp_config config/hyperparam/small.yaml --samples 20 --continual
 
-.PHONY: demo test clean
+.PHONY: demo test test-kills test-fuzz clean
 
 demo: .venv/run
 	$(BIN)/python modelzoo.py $(DIGITS) --tasks_per_round 1 --name demo-isolated --resume
@@ -12,6 +12,13 @@ demo: .venv/run
 test: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -q
+
+# Longer: 50 kills at random moments; ten times the cases of the fuzz tests.
+test-kills: .venv/test
+	$(BIN)/python -m pytest -q -m kills
+
+test-fuzz: .venv/test
+	FUZZ=10 $(BIN)/python -m pytest -q tests/test_fuzz.py
 
 .venv/run: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -271,7 +271,9 @@ def command(prog, method, run, argv=None):
         settings = read_settings(prog, method, argv)
         run(settings)
     except (ConfigError, DataError, RunError) as e:
-        print(f"{prog}: {e}", file=sys.stderr)
+        # File and class names may hold line ends and worse.
+        line = "".join(c if c.isprintable() else " " for c in f"{prog}: {e}")
+        print(line, file=sys.stderr)
         return 2
     except Stopped as e:
         number = signal.Signals(e.args[0])

@@ -76,6 +76,7 @@ def test_hyperparameter_files(workspace, capsys, changes, message):
     ({"dataset": "image_folder", "tasks": TASKS, "path": "a", "size": 0}, "size: 0 must be at least 8"),
     ({"dataset": "image_folder", "tasks": TASKS, "path": "a", "size": 32}, "train: no such folder"),
     ({"dataset": "imagenet", "tasks": TASKS}, "dataset: 'imagenet' is not one of"),
+    ({"dataset": None, "tasks": TASKS}, "dataset: None is not one of"),
     ({"dataset": ["mnist"], "tasks": TASKS}, "dataset: ['mnist'] is not one of"),
     ({"dataset": "mnist", "tasks": []}, "tasks: must be a list of tasks"),
     ({"dataset": "mnist", "tasks": {"a": [0, 1]}}, "tasks: must be a list of tasks"),

@@ -7,13 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
+import multihead
 from datasets import mini_imagenet
 from datasets.build_dataset import build_dataset
 from datasets.cifar import load_cifar100
 from datasets.data import DataError, load_npz, make_tasks
 from datasets.digits import load_digits
 from datasets.modmnist import modify, permute, rotate
-from tests.conftest import make_arrays
+from tests.conftest import CONV, make_arrays, write_yaml
 
 
 def numbered(labels):
@@ -265,3 +266,15 @@ def test_image_folder_refuses(folder):
     (folder / "pets/test/bee/1.png").write_bytes(b"\x89PNG")
     with pytest.raises(DataError, match="1.png: not a readable image"):
         build([(0, 1)])
+
+
+def test_odd_class_names_stay_on_one_line(folder, capsys):
+    """Found by fuzzing: a class name with a line end broke the one line."""
+    data = {"dataset": "image_folder", "path": "pets", "size": 24, "tasks": [[0, "a\n\x1b[2J"]]}
+    write_yaml(folder / "data.yaml", data)
+    write_yaml(folder / "hp.yaml", CONV)
+    argv = [x for flag, name in (("--data_config", "data.yaml"), ("--hp_config", "hp.yaml"), ("--data_dir", "."))
+            for x in (flag, str(folder / name))]  # fmt: skip
+    assert multihead.command("x", "modelzoo", multihead.prepare, argv) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "no class a" in err and "\x1b" not in err

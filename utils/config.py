@@ -157,10 +157,10 @@ def read_dataset(file):
         ConfigError: an unknown or missing key, or a value that cannot be right.
     """
     found = load_yaml(file)
-    name = found.get("dataset")
-    if name is not None:
-        name = check(f"{file}: dataset", name, str, choices=(*DATASETS, *ALIASES))
-    name = ALIASES.get(name, name)
+    name = None
+    if "dataset" in found:
+        name = check(f"{file}: dataset", found["dataset"], str, choices=(*DATASETS, *ALIASES))
+        name = ALIASES.get(name, name)
     extra = DATASET_KEYS.get(name, ())
     _check_keys(file, found, ("dataset", "tasks", *extra), ("names",))
     tasks, names = found["tasks"], found.get("names")

@@ -1,0 +1,283 @@
+"""Kills, full disks, damaged files, two writers: at most the learner in training is lost, and the result is the same.
+
+`python -m pytest -m kills` kills 50 runs; the plain suite kills a few.
+"""
+import codecs
+import contextlib
+import fcntl
+import importlib
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+import modelzoo
+import multihead
+from tests.conftest import CONV, flags, write_yaml
+from tests.test_runs import MAIN, numbers, start
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.test_survival"])
+ROOT = Path(__file__).parent.parent
+
+
+def slow_writes():
+    """Widen the moments in which a file is half-written or not yet renamed."""
+    fsync, replace = os.fsync, os.replace
+    os.fsync = lambda file: (time.sleep(0.03), fsync(file))
+    os.replace = lambda a, b: (time.sleep(0.03), replace(a, b), time.sleep(0.03))
+
+
+def small_disk(size=2000):
+    """No file may grow beyond `size` bytes: writing on fails as it does on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def nobody():
+    """A user without the right to write, even where the tests run as root."""
+    # What is otherwise imported only when it is needed: that user may not be able to read it.
+    codecs.lookup("cp437")
+    importlib.import_module("torch._dynamo")
+    if os.geteuid() == 0:
+        os.setgid(65534)
+        os.setuid(65534)
+
+
+def checkpoint_every_epoch():
+    multihead.CHECKPOINT_SECONDS = -1e9  # always due, whatever the last one cost
+
+
+def child(argv, method, setups, output):
+    with open(output, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    for setup in setups:
+        setup()
+    raise SystemExit(multihead.command(f"{method}.py", method, MAIN[method], argv))
+
+
+def spawn(workspace, *more, method="modelzoo", setups=()):
+    """Start a command in a process of its own."""
+    output = workspace / f"output{random.random()}"
+    process = CONTEXT.Process(target=child, args=(flags(workspace, *more), method, setups, output))
+    process.output = output
+    process.start()
+    return process
+
+
+def finish(process):
+    """Wait for its end; returns exit status and output."""
+    process.join(120)
+    return process.exitcode, process.output.read_text()
+
+
+@pytest.fixture
+def digits(tmp_path):
+    """A workspace of rotated digits, 5 tasks, a second or two a run."""
+    shutil.copy(ROOT / "config/dataset/rotated_digits.yaml", tmp_path / "data.yaml")
+    write_yaml(tmp_path / "hp.yaml", {**CONV, "batch": 16, "augment": True, "schedule": "cosine", "epochs": 3})
+    return tmp_path
+
+
+def kill_and_resume(workspace, count, seed):
+    """Kill `count` runs at random moments, resume each, and compare with a run that was left alone."""
+    command = ("--continual", "--samples", "4")
+    whole = numbers(start(workspace, "whole", *command))
+    began = time.perf_counter()
+    assert finish(spawn(workspace, *command, "--name", "timed", setups=[slow_writes, checkpoint_every_epoch]))[0] == 0
+    length = time.perf_counter() - began
+    chance, places, killed = random.Random(seed), set(), 0
+    while killed < count:
+        name = f"run{killed}"
+        setups = [f for f in (slow_writes, checkpoint_every_epoch) if chance.random() < 0.7]
+        process = spawn(workspace, *command, "--name", name, "--resume", setups=setups)
+        time.sleep(chance.uniform(0, length))
+        process.kill()
+        process.join()
+        if process.exitcode == 0:  # it was through before the kill
+            shutil.rmtree(workspace / "runs" / name)
+            continue
+        killed += 1
+        places.add(tuple(sorted(p.name for p in (workspace / "runs").glob(f"{name}/**/*"))))
+        assert numbers(start(workspace, name, *command, "--resume")) == whole
+        assert not list((workspace / "runs" / name).rglob("*.damaged"))
+        shutil.rmtree(workspace / "runs" / name)
+    return places
+
+
+def test_killed_runs_resume_to_the_same_result(digits):
+    assert len(kill_and_resume(digits, 4, seed=0)) > 1
+
+
+@pytest.mark.kills
+def test_fifty_killed_runs_resume_to_the_same_result(digits):
+    assert len(kill_and_resume(digits, 50, seed=1)) > 10
+
+
+@pytest.mark.parametrize("method, more", [
+    ("multihead", ()),
+    ("modelzoo", ("--continual", "--num_rounds", "2")),
+])  # fmt: skip
+def test_learner_goes_on_from_its_checkpoint(workspace, monkeypatch, method, more):
+    """Dropout, augmentation, momentum, order and the learning rate all go on where they stood."""
+    write_yaml(workspace / "hp.yaml", {**CONV, "model": "wrn16_4", "dropout": 0.3, "augment": True, "epochs": 4,
+                                       "schedule": "cosine"})  # fmt: skip
+    more = (*more, "--samples", "3")
+    whole = start(workspace, "a", *more, method=method)
+    last = len(whole["rounds"]) - 1
+    monkeypatch.setattr(multihead, "CHECKPOINT_SECONDS", -1e9)
+    log_epoch = multihead.RunLog.log_epoch
+
+    def stop_in_the_third(self, round, epoch, *args, **values):
+        if (round, epoch) == (last, 2):
+            raise multihead.Stopped(signal.SIGTERM)
+        log_epoch(self, round, epoch, *args, **values)
+
+    command = flags(workspace, "--name", "b", *more)
+    with monkeypatch.context() as m:
+        m.setattr(multihead.RunLog, "log_epoch", stop_in_the_third)
+        assert multihead.command("x", method, MAIN[method], command) == 128 + signal.SIGTERM
+    checkpoint = workspace / f"runs/b/learners/00{last}.checkpoint"
+    assert checkpoint.exists()
+    epochs = []
+    with monkeypatch.context() as m:
+        m.setattr(multihead.RunLog, "log_epoch", lambda self, *a, **v: (epochs.append(a[:2]), log_epoch(self, *a, **v)))
+        assert numbers(start(workspace, "b", "--resume", *more, method=method)) == numbers(whole)
+    assert epochs in ([(last, 1), (last, 2), (last, 3)], [(last, 2), (last, 3)]) and not checkpoint.exists()
+    lines = [json.loads(line) for line in (workspace / "runs/b/log.jsonl").read_text().splitlines()]
+    expected = [(k, epoch) for k in range(last + 1) for epoch in (0, 1, 2, 3, None)]
+    assert [(x["round"], x.get("epoch")) for x in lines] == expected
+
+
+def test_checkpoints_cost_under_one_percent(workspace, monkeypatch):
+    """By the clock: a write that takes a second is followed by at least a hundred without one."""
+    now, writes = [0.0], []
+
+    def save(path, tree):
+        if path.suffix == ".checkpoint":
+            writes.append(now[0])
+            now[0] += 1.0
+
+    class Clock:
+        @staticmethod
+        def perf_counter():
+            now[0] += 0.5
+            return now[0]
+
+    monkeypatch.setattr(multihead, "time", Clock)
+    monkeypatch.setattr(multihead, "save_tensors", save)
+    start(workspace, "a", "--epochs", "1000", "--samples", "1", "--num_rounds", "1", "--tasks_per_round", "1")
+    gaps = [b - a for a, b in zip(writes, writes[1:], strict=False)]
+    assert writes[0] >= 60 and len(gaps) > 2 and all(100 < gap < 250 for gap in gaps)
+
+
+def test_full_disk_is_one_line_and_loses_nothing(workspace):
+    whole = start(workspace, "a", "--continual")
+    code, output = finish(spawn(workspace, "--continual", "--name", "b", setups=[small_disk]))
+    assert code == 2 and output.count("\n") == 1
+    assert "000.pt: cannot be written (File too large); what was written before it is safe" in output
+    assert not list((workspace / "runs/b").rglob("*.part"))
+    assert numbers(start(workspace, "b", "--continual", "--resume")) == numbers(whole)
+
+
+@pytest.mark.parametrize("where", [".", "b", "b/learners"])
+def test_folder_that_may_not_be_written(workspace, where):
+    start(workspace, "b", "--continual", "--num_rounds", "1")
+    (workspace / "runs/b/result.json").unlink()
+    (workspace / "runs/b/learners/000.pt").unlink()
+    if where == ".":
+        shutil.rmtree(workspace / "runs/b")
+    for parent in (workspace, *workspace.parents[:2]):
+        parent.chmod(0o777 if parent == workspace else 0o755)
+    for path in (workspace / "runs").rglob("*"):
+        path.chmod(0o777 if path.is_dir() else 0o666)
+    (workspace / "runs" / where).chmod(0o555)
+    process = spawn(workspace, "--continual", "--num_rounds", "1", "--name", "b", "--resume", setups=[nobody])
+    code, output = finish(process)
+    (workspace / "runs" / where).chmod(0o755)
+    assert (code, output.count("\n")) == (2, 1) and "Permission denied" in output, output
+
+
+def test_folder_removed_meanwhile(workspace, monkeypatch, capsys):
+    train_learner = multihead.train_learner
+
+    def remove(*args):
+        learner = train_learner(*args)
+        shutil.rmtree(workspace / "runs")
+        return learner
+
+    monkeypatch.setattr(multihead, "train_learner", remove)
+    assert multihead.command("x", "modelzoo", modelzoo.run, flags(workspace, "--name", "a")) == 2
+    out, err = capsys.readouterr()
+    assert err.count("\n") == 1 and "cannot be written (No such file or directory)" in err
+
+
+def test_second_writer_is_refused_and_the_lock_dies_with_its_process(workspace, capsys):
+    process = spawn(workspace, "--continual", "--name", "a", "--epochs", "1000")
+    while not (workspace / "runs/a/log.jsonl").exists():
+        time.sleep(0.02)
+    again = flags(workspace, "--continual", "--name", "a", "--epochs", "1000", "--resume")
+    assert multihead.command("x", "modelzoo", modelzoo.run, again) == 2
+    assert "runs/a: another process is writing it; wait for it or take another --name\n" in capsys.readouterr().err
+    process.kill()
+    process.join()
+    with open(workspace / "runs/a/lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_the_run_with_one_line(workspace, number):
+    whole = start(workspace, "a", "--continual", "--epochs", "5")
+    process = spawn(workspace, "--continual", "--name", "b", "--epochs", "5", setups=[slow_writes])
+    while not (workspace / "runs/b/learners/000.pt").exists():
+        time.sleep(0.01)
+    os.kill(process.pid, number)
+    code, output = finish(process)
+    last = output.splitlines()[-1]
+    assert code == 128 + number and "Traceback" not in output
+    assert last == f"modelzoo.py: stopped by {number.name}; the same command with --resume goes on"
+    assert numbers(start(workspace, "b", "--continual", "--epochs", "5", "--resume")) == numbers(whole)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda data: data[:100],
+    lambda data: b"",
+    lambda data: data[:-1],
+    lambda data: data[:1000] + bytes([data[1000] ^ 1]) + data[1001:],
+    lambda data: b"not a learner",
+])  # fmt: skip
+def test_damaged_learner_is_set_aside_and_trained_again(workspace, capsys, damage):
+    whole = start(workspace, "a", "--continual")
+    file = workspace / "runs/a/learners/001.pt"
+    file.write_bytes(damage(file.read_bytes()))
+    capsys.readouterr()
+    assert numbers(start(workspace, "a", "--continual", "--resume")) == numbers(whole)
+    assert "001.pt: damaged; kept as 001.pt.damaged, trained again" in capsys.readouterr().out
+
+
+def test_learner_of_another_run_is_not_mixed_in(workspace, capsys):
+    whole = start(workspace, "a", "--continual")
+    start(workspace, "b", "--continual", "--samples", "3")
+    shutil.copy(workspace / "runs/b/learners/002.pt", workspace / "runs/a/learners/002.pt")
+    capsys.readouterr()
+    assert numbers(start(workspace, "a", "--continual", "--resume")) == numbers(whole)
+    assert "002.pt: not of this run; kept as" in capsys.readouterr().out
+
+
+def test_foreign_folder_is_left_alone(workspace, capsys):
+    (workspace / "runs/mine").mkdir(parents=True)
+    (workspace / "runs/mine/thesis.tex").write_text("x")
+    (workspace / "runs/file").write_text("x")
+    for name, message in (("mine", "is not a run folder"), ("file", "Not a directory")):
+        command = flags(workspace, "--name", name, "--resume")
+        assert multihead.command("x", "modelzoo", modelzoo.run, command) == 2
+        with contextlib.suppress(FileNotFoundError):
+            assert [p.name for p in (workspace / "runs/mine").iterdir()] == ["thesis.tex"]
+        assert message in capsys.readouterr().err
