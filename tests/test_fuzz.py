@@ -110,7 +110,8 @@ YAML_TEXT = st.one_of(
     st.text(max_size=60),
     st.text(alphabet="[]{}:-,&*!|>#%@`'\" \n\tab01<=.", max_size=60),
     st.lists(st.sampled_from(["dataset: npz\n", "tasks:\n", "  - [0, 1]\n", "- a\n", "&a ", "*a", "<<: *a\n", "? ",
-                              "!!set ", "!!python/object:os.system ", "!!binary x", "---\n", "...\n", "path: ", "{", "}"]),
+                              "!!set ", "!!python/object:os.system ", "!!binary x", "---\n", "...\n", "path: ", "{",
+                              "}"]),
              max_size=8).map("".join),
 )  # fmt: skip
 
@@ -210,7 +211,8 @@ def test_pickles(place, data):
 
 
 CALLS = st.sampled_from(["os system", "builtins eval", "builtins exec", "subprocess Popen", "numpy load",
-                         "numpy.core os", "numpy fromfile", "builtins getattr", "torch load", "_codecs open", "importlib import_module"])
+                         "numpy.core os", "numpy fromfile", "builtins getattr", "torch load",
+                         "_codecs open", "importlib import_module"])
 
 
 @fuzz(60)
