@@ -6,12 +6,11 @@ learner on them, and predicts a task by averaging the learners that know it.
 import math
 import sys
 from fractions import Fraction
-from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 
-from multihead import command, finish, open_folder, prepare, train_or_load
+from multihead import COST, command, finish, open_folder, prepare, train_or_load
 from utils.logger import RunLog, task_names
 from utils.metrics import accuracy, negative_log_likelihood
 from utils.run_net import make_generator
@@ -135,9 +134,8 @@ def replay_repeats(num_tasks, replay_frac):
 def run(settings):
     """Grow a zoo in its run folder and return its result."""
     device, precision, train, test = prepare(settings)
-    with open_folder(settings, device, precision):
-        grown = grow_zoo(settings, precision, train, test, Path(settings.out) / settings.name)
-        return finish(settings, device, precision, *grown)
+    with open_folder(settings, device, precision, test) as folder:
+        return finish(settings, device, precision, *grow_zoo(settings, precision, train, test, folder))
 
 
 def grow_zoo(settings, precision, train, test, folder):
@@ -152,7 +150,7 @@ def grow_zoo(settings, precision, train, test, folder):
     Returns:
         matrix: [rounds][tasks] the zoo's test accuracy after each round, None where a task is not yet seen.
         rounds: a dict a round, as in result.json.
-        seconds: of all learners, together.
+        cost: of all learners together: seconds, rows_trained, parameters.
     """
     continual, seed, r = settings.continual, settings.seed, settings.replay_frac
     num_tasks = settings.num_rounds if continual else len(settings.tasks)
@@ -167,7 +165,7 @@ def grow_zoo(settings, precision, train, test, folder):
 
     per_round = [min(settings.tasks_per_round, k + 1 if continual else num_tasks) for k in range(settings.num_rounds)]
     learned = sum(per_round) + num_tasks * settings.warm_start
-    matrix, rounds, seconds = [], [], 0.0
+    matrix, rounds = [], []
     with RunLog(folder, settings.num_rounds, settings.epochs * learned * len(train.labels) / len(train.classes)) as log:
         for k in range(WARM if settings.warm_start else 0, settings.num_rounds):
             if k == WARM:
@@ -178,7 +176,6 @@ def grow_zoo(settings, precision, train, test, folder):
             learner = train_or_load(settings, precision, train, test, tasks, [train_rows(k, tasks, t) for t in tasks],
                                     [kept[t] for t in tasks], k, folder, log)  # fmt: skip
             zoo.add(learner)
-            seconds += learner.seconds
             seen = k + 1 if continual else num_tasks
             unseen = [None] * (num_tasks - seen)
             mean = sum(zoo.accuracy[:seen]) / seen
@@ -190,7 +187,7 @@ def grow_zoo(settings, precision, train, test, folder):
             log.print(f"{'warm start' if k == WARM else f'round {k + 1}/{settings.num_rounds}'}: "
                       f"{', '.join(names[t] for t in tasks)}: zoo's test accuracy {100 * mean:.2f} % on {seen} "
                       f"task{'s' * (seen > 1)} seen, {learner.seconds:.1f} s")  # fmt: skip
-    return matrix, rounds, seconds
+    return matrix, rounds, {key: sum(getattr(learner, key) for learner in zoo.learners) for key in COST}
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from utils.logger import (
 from utils.run_net import choose_device, choose_precision, derive_seed, make_generator, predict_logits, train_net
 
 CHECKPOINT_SECONDS = 60  # between two checkpoints of a learner in training, at least
+COST = ("seconds", "rows_trained", "parameters")  # of a learner; a run's are the sums over its learners
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class Learner:
         train_logits: [n] tensors [N_t, C_t] float32, on the training rows of the task that may still be looked at.
         test_logits: [n] tensors [M_t, C_t] float32, on its test rows.
         seconds: of training and evaluation.
+        rows_trained: training rows times epochs; a row that stands several times in an epoch counts as often.
+        parameters: of the network with its heads.
         net: the network's weights, where --save_nets asks for them.
     """
 
@@ -50,6 +53,8 @@ class Learner:
     train_logits: tuple[Tensor, ...]
     test_logits: tuple[Tensor, ...]
     seconds: float
+    rows_trained: int
+    parameters: int
     net: dict | None = None
 
 
@@ -116,7 +121,8 @@ def train_learner(settings, precision, train, test, tasks, rows, seen, round, lo
     except torch.OutOfMemoryError as e:
         raise RunError(f"round {round}: {device} has too little memory for batch {settings.batch}; try less") from e
     weights = {k: v.cpu() for k, v in net.state_dict().items()} if settings.save_nets else None
-    return Learner(tuple(tasks), tuple(train_logits), tuple(test_logits), time.perf_counter() - began, weights)
+    cost = (time.perf_counter() - began, settings.epochs * len(rows), sum(p.numel() for p in net.parameters()))
+    return Learner(tuple(tasks), tuple(train_logits), tuple(test_logits), *cost, weights)
 
 
 def train_or_load(settings, precision, train, test, tasks, rows, seen, round, folder, log):
@@ -124,18 +130,39 @@ def train_or_load(settings, precision, train, test, tasks, rows, seen, round, fo
 
     Args and errors as of `train_learner`, with `folder` the run folder.
     """
-    name = "warm" if round < 0 else f"{round:03}"
-    path, checkpoint = (folder / "learners" / f"{name}.{kind}" for kind in ("pt", "checkpoint"))
+    path = learner_path(folder, round)
+    checkpoint = path.with_suffix(".checkpoint")
     learner = load_learner(path, train, test, tasks, seen, log)
     if learner is None:
         learner = train_learner(settings, precision, train, test, tasks, rows, seen, round, log, checkpoint)
-        logits = {key: [x.cpu() for x in getattr(learner, key)] for key in ("train_logits", "test_logits")}
-        save_tensors(path, {"tasks": list(tasks), "seconds": learner.seconds, "net": learner.net, **logits})
+        save_learner(path, learner)
     else:
         log.skip(settings.epochs * sum(map(len, rows)))
     with contextlib.suppress(OSError):
         checkpoint.unlink()
     return learner
+
+
+def learner_path(folder, round):
+    """Where a run folder keeps the learner of `round`; -1 is the one of --warm_start."""
+    return folder / "learners" / ("warm.pt" if round < 0 else f"{round:03}.pt")
+
+
+def save_learner(path, learner):
+    """Write all that a `Learner` holds."""
+    logits = {key: [x.cpu() for x in getattr(learner, key)] for key in ("train_logits", "test_logits")}
+    rest = {key: getattr(learner, key) for key in (*COST, "net")}
+    save_tensors(path, {"tasks": list(learner.tasks), **rest, **logits})
+
+
+def make_learner(saved):
+    """The `Learner` of what `save_learner` wrote.
+
+    Raises:
+        KeyError, TypeError, ValueError: it was written by another program.
+    """
+    logits = (tuple(saved[key]) for key in ("train_logits", "test_logits"))
+    return Learner(tuple(saved["tasks"]), *logits, *(saved[key] for key in (*COST, "net")))
 
 
 def load_learner(path, train, test, tasks, seen, log):
@@ -146,13 +173,10 @@ def load_learner(path, train, test, tasks, seen, log):
     shapes = {"train_logits": [(len(rows), train.classes[t]) for t, rows in zip(tasks, seen, strict=True)],
               "test_logits": [(len(test.rows(t)), test.classes[t]) for t in tasks]}  # fmt: skip
     try:
-        fits = saved["tasks"] == tasks and all(
-            [tuple(x.shape) for x in saved[key]] == shapes[key] and all(x.dtype == torch.float32 for x in saved[key])
-            for key in shapes
-        )
-        if fits:
-            logits = (tuple(saved[key]) for key in shapes)
-            return Learner(tuple(tasks), *logits, float(saved["seconds"]), saved["net"])
+        learner = make_learner(saved)
+        found = {key: [tuple(x.shape) for x in getattr(learner, key) if x.dtype == torch.float32] for key in shapes}
+        if learner.tasks == tuple(tasks) and found == shapes:
+            return learner
     except (KeyError, TypeError, ValueError, AttributeError):
         pass  # a file of another program
     set_aside(path, "not of this run", log)
@@ -201,10 +225,18 @@ def prepare(settings):
     return device, precision, train.to(device), test.to(device)
 
 
-def open_folder(settings, device, precision):
-    """A context in which this process is the only writer of the run folder."""
+@contextlib.contextmanager
+def open_folder(settings, device, precision, test):
+    """Hold the run folder as its only writer, and yield its path.
+
+    The test labels lie in it, so that a new metric, or an ensemble of runs, needs run folders alone.
+    """
     folder = Path(settings.out) / settings.name
-    return open_run(folder, record(settings, device, precision), settings.resume, describe_hardware(device))
+    with open_run(folder, record(settings, device, precision), settings.resume, describe_hardware(device)):
+        labels = folder / "test_labels.pt"
+        if not labels.exists():
+            save_tensors(labels, [test.labels[test.rows(t)].cpu() for t in range(len(settings.tasks))])
+        yield folder
 
 
 def record(settings, device, precision):
@@ -212,7 +244,7 @@ def record(settings, device, precision):
     return json.loads(json.dumps(asdict(settings) | {"device": device.type, "precision": precision}))
 
 
-def finish(settings, device, precision, matrix, rounds, seconds):
+def finish(settings, device, precision, matrix, rounds, cost):
     """Write result.json, the last file of a run; README.md defines every key. Print and return it."""
     result = {
         "method": settings.method,
@@ -226,7 +258,7 @@ def finish(settings, device, precision, matrix, rounds, seconds):
         "classes": [list(task) for task in settings.tasks[: len(matrix[-1])]],
         "config": record(settings, device, precision),
         "versions": versions(),
-        "seconds": seconds,
+        **cost,
     }
     folder = Path(settings.out) / settings.name
     write_file(folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())
@@ -239,15 +271,15 @@ def run(settings):
     device, precision, train, test = prepare(settings)
     tasks = list(range(len(settings.tasks)))
     rows = [train.rows(t) for t in tasks]
-    folder = Path(settings.out) / settings.name
-    with open_folder(settings, device, precision), RunLog(folder, 1, settings.epochs * len(train.labels)) as log:
+    work = settings.epochs * len(train.labels)
+    with open_folder(settings, device, precision, test) as folder, RunLog(folder, 1, work) as log:
         learner = train_or_load(settings, precision, train, test, tasks, rows, rows, 0, folder, log)
         accuracy = [metrics.accuracy(learner.test_logits[t], test.labels[test.rows(t)]) for t in tasks]
         log_probs = [F.log_softmax(logits.double(), dim=1) for logits in learner.train_logits]
         loss = [metrics.negative_log_likelihood(log_probs[t], train.labels[rows[t]]) for t in tasks]
         log.log_round(0, tasks=tasks, test_accuracy=sum(accuracy) / len(tasks), seconds=learner.seconds)
         rounds = [{"tasks": tasks, "weights": [], "train_loss": loss, "seconds": learner.seconds}]
-        return finish(settings, device, precision, [accuracy], rounds, learner.seconds)
+        return finish(settings, device, precision, [accuracy], rounds, {key: getattr(learner, key) for key in COST})
 
 
 class Stopped(BaseException):

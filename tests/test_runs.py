@@ -42,7 +42,8 @@ def test_continual_run_folder(workspace):
     result = start(workspace, "a", "--continual", "--save_nets")
     folder = workspace / "runs/a"
     assert sorted(p.name for p in folder.rglob("*") if p.is_file()) == [
-        "000.pt", "001.pt", "002.pt", "config.yaml", "lock", "log.jsonl", "result.json"]  # fmt: skip
+        "000.pt", "001.pt", "002.pt", "config.yaml", "lock", "log.jsonl", "result.json",
+        "test_labels.pt"]  # fmt: skip
     assert result["method"] == "modelzoo" and result["classes"] == [[0, 1], [2, 3], [4, 5]]
     matrix = result["accuracy_matrix"]
     assert [[x is None for x in row] for row in matrix] == [[False, True, True], [False, False, True], [False] * 3]
@@ -57,6 +58,11 @@ def test_continual_run_folder(workspace):
     assert result["rounds"][2]["weights"] == pytest.approx(expected)
     assert result["config"]["tasks_per_round"] == 3 and result["config"]["precision"] == "fp32"
     assert result["seconds"] == pytest.approx(sum(r["seconds"] for r in result["rounds"]))
+    assert result["rows_trained"] == 2 * 20 * (1 + 2 + 3)  # epochs x rows a task x tasks a round
+    backbone = 117_840 - 2 * 9 * 80  # one channel instead of three
+    assert result["parameters"] == 3 * backbone + (1 + 2 + 3) * 2 * (80 + 1)
+    labels = torch.load(folder / "test_labels.pt", weights_only=True)
+    assert [y.tolist() for y in labels] == [[0] * 5 + [1] * 5] * 3
 
     about = yaml.safe_load((folder / "config.yaml").read_text())
     assert about["settings"] == result["config"] and about["versions"] == result["versions"] and about["hardware"]
@@ -261,7 +267,7 @@ def test_neither_data_nor_network_is_one_line(workspace):
 
 def readme_commands():
     blocks = (ROOT / "README.md").read_text().split("```")[1::2]
-    text = "\n".join(block.partition("\n")[2] for block in blocks).replace("\\\n", " ")
+    text = "\n".join(block.partition("\n")[2] for block in blocks).replace("\\\n", " ").replace("$seed", "0")
     return [line.strip() for line in text.splitlines() if line.strip().startswith(("python m", "make "))]
 
 

@@ -14,7 +14,7 @@ from utils.run_net import derive_seed, make_generator
 
 def learner(tasks, logits):
     logits = tuple(torch.tensor(x) for x in logits)
-    return Learner(tuple(tasks), logits, logits, 0.0)
+    return Learner(tuple(tasks), logits, logits, 0.0, 0, 0)
 
 
 def test_task_weights_by_hand():

@@ -241,6 +241,8 @@ def make_parser(prog, method):
         p.add_argument("--naive", action="store_true", help="draw tasks uniformly, not by the zoo's loss")
         p.add_argument("--warm_start", action="store_true", help="before round 0, one learner on all tasks joins")
         p.add_argument("--save_nets", action="store_true", help="keep the networks' weights in the run folder")
+    else:
+        p.add_argument("--num_tasks", type=int, help="train on the dataset file's first tasks only (default: all)")
     return p
 
 
@@ -251,7 +253,7 @@ def read_settings(prog, method, argv=None):
         ConfigError: anything missing, unknown, out of range or contradictory.
     """
     flags = vars(make_parser(prog, method).parse_args(argv))
-    for flag, low in (("samples", 1), ("epochs", 1), ("num_rounds", 1), ("tasks_per_round", 1)):
+    for flag, low in (("samples", 1), ("epochs", 1), ("num_rounds", 1), ("tasks_per_round", 1), ("num_tasks", 1)):
         if flags.get(flag) is not None:
             check(f"--{flag}", flags[flag], int, low, 10**6)
     check("--seed", flags["seed"], int, 0, 2**63 - 1)
@@ -259,6 +261,8 @@ def read_settings(prog, method, argv=None):
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", flags["device"]):
         raise ConfigError(f"--device: {flags['device']!r} is not one of auto, cpu, cuda, cuda:0, cuda:1, ...")
     data = read_dataset(flags["data_config"])
+    if flags.get("num_tasks"):
+        data = _keep_tasks(data, flags["num_tasks"])
     hyper = read_hyperparam(flags["hp_config"], flags["epochs"])
     if flags["name"] is None:
         flags["name"] = _default_name(method, flags)
@@ -269,6 +273,13 @@ def read_settings(prog, method, argv=None):
     known = {f.name for f in fields(Settings)}
     flags = {k: v for k, v in flags.items() if k in known}
     return Settings(**{**flags, **data, **hyper, "method": method})
+
+
+def _keep_tasks(data, n):
+    """What `read_dataset` returned, with its first `n` tasks alone."""
+    if n > len(data["tasks"]):
+        raise ConfigError(f"--num_tasks: {n} must be at most {len(data['tasks'])}, the number of tasks")
+    return data | {"tasks": data["tasks"][:n], "names": data["names"] and data["names"][:n]}
 
 
 def _check_rounds(flags, num_tasks):
@@ -292,7 +303,7 @@ def _default_name(method, flags):
     parts = [Path(flags["data_config"]).stem, Path(flags["hp_config"]).stem, method]
     for flag in ("continual", "naive", "warm_start"):
         parts += [flag] if flags.get(flag) else []
-    for flag in ("num_rounds", "tasks_per_round", "replay_frac", "samples", "epochs"):
+    for flag in ("num_tasks", "num_rounds", "tasks_per_round", "replay_frac", "samples", "epochs"):
         parts += [f"{flag}={flags[flag]}"] if flags.get(flag) is not None else []
     name = "-".join([*parts, f"seed={flags['seed']}"])
     return re.sub(r"[^\w.,=+-]", "_", name)

@@ -1,0 +1,160 @@
+"""tools/plot.py: what is drawn, by hand; files of every kind; bad input."""
+import math
+import sys
+
+import pytest
+
+from tests.test_report import make_run, make_seeds
+from tools import plot
+from tools.runs import command, group_runs, read_run
+
+colors = pytest.importorskip("matplotlib.colors")
+
+MAGIC = {"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}
+
+
+def plot_of(*arguments):
+    """Exit status of plot.py."""
+    return command("plot.py", lambda: plot.main([str(a) for a in arguments]))
+
+
+def figure_of(kind, folders):
+    chosen, skipped = plot.choose(kind, group_runs([read_run(folder) for folder in folders])[0])
+    assert skipped == []
+    return plot.draw(kind, chosen)
+
+
+@pytest.fixture
+def zoo(tmp_path):
+    """Three seeds on three tasks, the last of them higher by 0.03, 0.03 and 0.06 throughout."""
+    rows = [[0.5, 0, 0], [0.6, 0.7, 0], [0.62, 0.72, 0.8]]
+    return [make_run(tmp_path / f"zoo{s}", [[x + 0.03 * s for x in row] for row in rows], seed=s) for s in range(3)]
+
+
+@pytest.fixture
+def isolated(tmp_path):
+    return [make_run(tmp_path / "iso", [[0.5, 0.6, 0.7]] * 3, tasks_per_round=1)]
+
+
+@pytest.fixture
+def joint(tmp_path):
+    rows = {1: [0.5], 3: [0.6, 0.7, 0.8], 2: [0.55, 0.65]}
+    return [make_run(tmp_path / f"joint{n}", [row], method="multihead") for n, row in rows.items()]
+
+
+def test_seen_draws_means_bands_and_crosses(zoo, isolated):
+    figure = figure_of("seen", zoo + isolated)
+    assert [axis.get_title() for axis in figure.axes] == ["0 1", "2 3", "4 5"]
+    first, second, third = figure.axes
+    curve = first.lines[0]
+    assert list(curve.get_xdata()) == [1, 2, 3]
+    assert list(curve.get_ydata()) == pytest.approx([53, 63, 65])
+    # sd 0.03, n = 3: 95 % half width 4.302653 x 3 / sqrt(3) = 7.45241
+    band = first.collections[0].get_paths()[0].vertices[:, 1]
+    assert (min(band), max(band)) == (pytest.approx(53 - 7.45241), pytest.approx(65 + 7.45241))
+    assert list(second.lines[0].get_xdata()) == [2, 3]
+    cross = third.collections[-1].get_offsets()
+    assert [list(p) for p in cross] == [[3, pytest.approx(70)]]
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["Model Zoo", "Isolated"]
+    assert "95 %" in figure.legends[0].get_title().get_text()
+
+
+def test_one_run_has_no_band(zoo):
+    figure = figure_of("seen", zoo[:1])
+    assert list(figure.axes[0].lines[0].get_ydata()) == pytest.approx([50, 60, 62])
+    assert figure.legends[0].get_title().get_text() in ("", "None")
+
+
+def test_joint_draws_accuracy_against_the_number_of_tasks(joint):
+    figure = figure_of("joint", joint)
+    for axis, xs, ys in zip(figure.axes, ([1, 2, 3], [2, 3], [3]), ([50, 55, 60], [65, 70], [80]), strict=True):
+        assert list(axis.lines[0].get_xdata()) == xs
+        assert list(axis.lines[0].get_ydata()) == pytest.approx(ys)
+
+
+def test_bars_are_means_with_intervals_and_dots(zoo, joint):
+    figure = figure_of("bars", [*zoo, joint[1]])
+    axis = figure.axes[0]
+    # zoo's averages 71.33, 74.33 and 77.33; Multi-Head's 70
+    assert [bar.get_width() for bar in axis.patches] == [pytest.approx(74 + 1 / 3), pytest.approx(70)]
+    assert [t.get_text() for t in axis.texts] == ["74.3 ± 7.5  (n = 3)", "70.0  (n = 1)"]
+    assert [t.get_text() for t in axis.get_yticklabels()] == ["Model Zoo", "Multi-Head"]
+    assert len({colors.to_hex(bar.get_facecolor()) for bar in axis.patches}) == 2
+    assert axis.patches[1].get_hatch()
+
+
+def test_draws_show_shares_and_weights(zoo):
+    figure = figure_of("draws", zoo)
+    shares, weights = (axis.collections[0].get_array() for axis in figure.axes[:2])
+    assert shares.tolist() == [[1, 0, 0], [1, 1, 0], [1, 0, 1]]
+    assert weights.filled(math.nan)[2].tolist()[:2] == [0.5, 1.5]
+    assert weights.mask.tolist() == [[True] * 3, [False, True, True], [False, False, True]]
+
+
+def test_matrix_shows_means_of_what_was_seen(zoo, joint):
+    figure = figure_of("matrix", [*zoo, joint[1]])
+    shown = [[text.get_text() for text in axis.texts] for axis in figure.axes[:2]]
+    assert shown == [["53.0", "63.0", "73.0", "65.0", "75.0", "83.0"], ["60.0", "70.0", "80.0"]]
+
+
+@pytest.mark.parametrize(("kind", "ending"), [(k, "svg") for k in plot.KINDS] + [("seen", "png"), ("seen", "pdf")])
+def test_every_kind_becomes_the_same_file_every_time(tmp_path, capsys, zoo, isolated, joint, kind, ending):
+    runs = joint if kind == "joint" else zoo if kind == "draws" else zoo + isolated
+    files = [tmp_path / f"{i}.{ending}" for i in range(1 + (ending == "svg"))]
+    for file in files:
+        assert plot_of(kind, *runs, "--file", file) == 0
+    data = files[0].read_bytes()
+    assert data.startswith(MAGIC[ending])
+    assert all(file.read_bytes() == data for file in files)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_many_tasks_have_their_names(tmp_path):
+    names = [f"superclass number {t}, and a long name" for t in range(23)]
+    folders = [make_run(tmp_path / f"{s}", [[0.5] * 23] * 23, seed=s, names=names) for s in range(2)]
+    for kind in ("seen", "matrix", "draws"):
+        assert plot.save(figure_of(kind, folders), "png").startswith(MAGIC["png"])
+    assert figure_of("seen", folders).axes[22].get_title() == "superclass number 22, and…"
+
+
+def test_what_does_not_fit_costs_a_line(tmp_path, capsys, zoo, joint):
+    out = tmp_path / "figure.svg"
+    other = make_run(tmp_path / "two", [[0.5] * 2] * 2)
+    assert plot_of("seen", *zoo, other, joint[1], "--file", out) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert "not over the same tasks as Model Zoo, 3 tasks of toy" in lines[0]
+    assert "Multi-Head, 3 tasks of toy: this kind of run has no place in the figure seen" in lines[1]
+    faster = make_run(tmp_path / "faster", [[0.5] * 2], method="multihead", lr=0.1)
+    assert plot_of("joint", *joint, faster, "--file", out) == 0
+    assert "or settings differ" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["seen", "nowhere", "--file", "a.png"], "no such run folder"), (["pie", "--file", "a.png"], "invalid choice"),
+    (["seen", "--file", "a.png"], "no run folder"), (["seen", "zoo0"], "required"),
+    (["seen", "zoo0", "--file", "a.jpg"], "must end in .svg, .pdf, .png"),
+    (["seen", "zoo0", "--file", "no/a.png"], "cannot be written"), (["draws", "iso", "--file", "a.png"], "nothing to"),
+    (["seen", "iso", "--file", "a.png"], "nothing to draw"), (["joint", "joint1", "--file", "a.png"], "nothing to"),
+])  # fmt: skip
+def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch, zoo, isolated, joint, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert plot_of(*arguments) == 2
+    caught = capsys.readouterr()
+    assert message in caught.err
+    assert caught.err.count("\n") == 1
+    assert not list(tmp_path.glob("a.*"))
+
+
+def test_missing_matplotlib_is_one_line(tmp_path, capsys, monkeypatch, zoo):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert plot_of("seen", *zoo, "--file", tmp_path / "a.png") == 2
+    assert capsys.readouterr().err == "plot.py: figures need matplotlib: pip install matplotlib\n"
+
+
+def test_groups_over_other_tasks_and_single_tasks_have_their_places(tmp_path):
+    folders = make_seeds(tmp_path, "zoo", [0.5, 0.6]) + [make_run(tmp_path / "one", [[0.5]])]
+    groups = group_runs([read_run(folder) for folder in folders])[0]
+    assert plot.choose("bars", groups)[0] == groups[:1]
+    assert plot.save(plot.draw("seen", groups[1:]), "svg").startswith(MAGIC["svg"])

@@ -1,0 +1,350 @@
+"""From run folders to tables: mean, spread and interval of every metric, paired differences, cost.
+
+    python tools/report.py runs/zoo-seed=* runs/isolated-seed=* --ensemble runs/isolated-seed=*
+
+Runs that differ in seed only are one group. Reads run folders and nothing else.
+"""
+import csv
+import io
+import math
+import statistics
+import sys
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+from scipy import stats
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rich import box
+from rich.table import Table as RichTable
+
+from tools import runs as run_folders
+from tools.page import make_page
+from tools.runs import METRICS, Parser, differing, group_runs, read_runs, setting_text
+from utils import metrics
+from utils.config import ConfigError
+from utils.logger import make_console
+
+LEVEL = 0.95
+FEWEST = 3  # values from which an interval is given: that of two is too wide to say anything
+ROUND_OFF = 1e-12  # a standard deviation below it is rounding, of values that are all alike
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a few values say; None where they are too few to say it.
+
+    Attributes:
+        n: how many values.
+        mean, sd: arithmetic mean, and standard deviation with n - 1 (from two values on).
+        low, high: ends of the 95 % confidence interval of the mean by Student's t (from FEWEST values on).
+        p: two-sided p-value of the mean being 0 (t-test; from FEWEST values on that are not all alike).
+    """
+
+    n: int
+    mean: float | None = None
+    sd: float | None = None
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table before it has a format.
+
+    Attributes:
+        title: a line.
+        columns: of pairs, a heading and the format of its numbers.
+        rows: of cells, a text, a number or None each.
+    """
+
+    title: str
+    columns: tuple
+    rows: list
+
+
+def summarise(values):
+    """The `Summary` of a list of numbers."""
+    n = len(values)
+    if n < 2:
+        return Summary(n, *values)
+    mean, sd = statistics.fmean(values), statistics.stdev(values)
+    if n < FEWEST:
+        return Summary(n, mean, sd)
+    if sd < ROUND_OFF:
+        return Summary(n, mean, sd, mean, mean)
+    error = sd / math.sqrt(n)
+    half = stats.t.ppf((1 + LEVEL) / 2, n - 1) * error
+    return Summary(n, mean, sd, mean - half, mean + half, 2 * stats.t.sf(abs(mean) / error, n - 1))
+
+
+def find_outlier(values):
+    """The key of `values`' outlying value by Grubbs' two-sided test at 5 %, or None.
+
+    The test assumes normal values, takes one of at least three, and calls one set in twenty wrongly.
+    """
+    n = len(values)
+    if n < FEWEST or (sd := statistics.stdev(values.values())) < ROUND_OFF:
+        return None
+    mean = statistics.fmean(values.values())
+    key = max(values, key=lambda k: abs(values[k] - mean))
+    t2 = stats.t.ppf(1 - 0.05 / (2 * n), n - 2) ** 2
+    return key if abs(values[key] - mean) / sd > (n - 1) / math.sqrt(n) * math.sqrt(t2 / (n - 2 + t2)) else None
+
+
+def measure(groups):
+    """Every metric and cost of every run: dict label -> metric -> seed -> number; only what is defined is there.
+
+    A Model Zoo's forward transfer comes from the run of the same seed in an Isolated group of the same settings.
+    """
+    found = {}
+    for group in groups:
+        of_group = found[group.label] = {}
+        isolated = {run.seed: run for run in find_isolated(group, groups)}
+        for run in group.runs:
+            values = run.metrics() | run.cost
+            if run.seed in isolated:
+                values["forward_transfer"] = metrics.forward_transfer(run.matrix, isolated[run.seed].matrix[-1])
+            for metric, value in values.items():
+                if value is not None:
+                    of_group.setdefault(metric, {})[run.seed] = value
+    return found
+
+
+def find_isolated(group, groups):
+    """The runs of the Isolated group whose settings are `group`'s, but for those that change nothing in Isolated."""
+
+    def rest(run):
+        ignored = ("tasks", "tasks_per_round", "replay_frac", "naive")
+        return run.tasks, {k: v for k, v in run.settings.items() if k not in ignored}
+
+    if group.runs[0].kind == "Model Zoo":
+        for other in groups:
+            if other.runs[0].kind == "Isolated" and rest(other.runs[0]) == rest(group.runs[0]):
+                return other.runs
+    return []
+
+
+def compare(groups, found):
+    """Differences between all groups over the same tasks: paired on the seeds that they share, else by Welch's test.
+
+    Where seeds are shared by parts only, as those of an ensemble and of a single run, what they share makes both alike,
+    and Welch's interval is too wide rather than too narrow.
+
+    Returns:
+        (label, label of the one taken off, metric, test, `Summary` of the difference); of Welch's test n is a text.
+    """
+    rows = []
+    for a, b in combinations(groups, 2):
+        if a.runs[0].tasks != b.runs[0].tasks:
+            continue
+        for metric in METRICS:
+            of_a, of_b = found[a.label].get(metric, {}), found[b.label].get(metric, {})
+            seeds = [seed for seed in of_a if seed in of_b]
+            if seeds:
+                rows.append((a.label, b.label, metric, "paired", summarise([of_a[s] - of_b[s] for s in seeds])))
+            elif of_a and of_b:
+                rows.append((a.label, b.label, metric, "Welch", welch([*of_a.values()], [*of_b.values()])))
+    return rows
+
+
+def welch(a, b):
+    """The `Summary` of the difference of the means of two independent lists of numbers, without sd."""
+    n, mean = f"{len(a)}, {len(b)}", statistics.fmean(a) - statistics.fmean(b)
+    if min(len(a), len(b)) < FEWEST or statistics.stdev(a) + statistics.stdev(b) < ROUND_OFF:
+        return Summary(n, mean)
+    test = stats.ttest_ind(a, b, equal_var=False)
+    interval = test.confidence_interval(LEVEL)
+    return Summary(n, mean, None, float(interval.low), float(interval.high), float(test.pvalue))
+
+
+def warnings(groups, found):
+    """A line for whatever a reader of the numbers should not overlook."""
+    lines = []
+    for group in groups:
+        n = len(group.runs)
+        if n < FEWEST:
+            lines.append(f"{group.label}: n = {n} is below {FEWEST}: no interval; run more seeds")
+        seed = find_outlier(found[group.label]["average_accuracy"])
+        if seed is not None:
+            lines.append(f"{group.label}: seed {seed} is an outlier (Grubbs' test at 5 %): find out why before "
+                         "anything is made of the mean; it is counted here")  # fmt: skip
+        if group.runs[0].kind == "Model Zoo" and "forward_transfer" not in found[group.label]:
+            lines.append(f"{group.label}: no forward transfer: no Isolated run of the same settings and seeds is here")
+        for key, what in (("commit", "commits"), ("hardware", "machines"), ("torch", "versions of torch")):
+            if len({run.about[key] for run in group.runs}) > 1:
+                lines.append(f"{group.label}: its runs are of different {what}")
+    if len({group.runs[0].tasks for group in groups}) > 1:
+        tasks = dict.fromkeys(group.runs[0].settings.get("tasks", "others") for group in groups)
+        lines.append(f"groups over different tasks are not compared with each other: {'; '.join(tasks)}")
+    return lines
+
+
+def make_tables(groups, found, differences):
+    """The report's tables, accuracies in per cent."""
+    spread = (("n", "d"), ("mean", ".2f"), ("sd", ".2f"), ("95 % from", ".2f"), ("to", ".2f"))
+
+    def cells(s):
+        return [s.n, *(None if x is None else 100 * x for x in (s.mean, s.sd, s.low, s.high))]
+
+    accuracy, others, settings = [], [], []
+    differ = differing([g.runs[0] for g in groups])
+    for g in groups:
+        cost = {key: summarise(list(found[g.label].get(key, {}).values())).mean for key in g.runs[0].cost}
+        accuracy.append([g.label, *cells(summarise(list(found[g.label]["average_accuracy"].values()))), *(
+            cost[key] for key in ("networks", "rows_trained", "parameters", "seconds"))])  # fmt: skip
+        for metric, values in found[g.label].items():
+            if metric not in ("average_accuracy", *g.runs[0].cost):
+                others.append([g.label, words(metric), *cells(summarise(list(values.values())))])
+        seeds = ["+".join(map(str, r.seed)) if isinstance(r.seed, tuple) else str(r.seed) for r in g.runs]
+        origin = [f"{key} {'; '.join(dict.fromkeys(run.about[key] for run in g.runs))}" for key in g.runs[0].about]
+        texts = [text for key in differ if (text := setting_text(g.runs[0], key))]
+        settings.append([g.label, " ".join(seeds), ", ".join(texts), ", ".join(origin)])
+    cost = (("networks a task", ".1f"), ("rows trained", ",.0f"), ("parameters", ",.0f"), ("seconds", ",.0f"))
+    found_differences = [[a, b, words(m), test, *cells(s), s.p] for a, b, m, test, s in differences]
+    return [table for table in (
+        Table("Average accuracy (%) and what it costs", (("group", ""), *spread, *cost), accuracy),
+        Table("Other metrics (%)", (("group", ""), ("metric", ""), *spread), others),
+        Table("Differences (percentage points; on the same seeds where there are any; p not corrected for many tests)",
+              (("group", ""), ("minus", ""), ("metric", ""), ("t-test", ""), *spread, ("p", ".2g")), found_differences),
+        Table("Settings that differ, and where the numbers come from",
+              (("group", ""), ("seeds", ""), ("settings", ""), ("made with", "")), settings),
+    ) if table.rows]  # fmt: skip
+
+
+def words(key):
+    """A key of result.json as words."""
+    return key.replace("_", " ")
+
+
+def show(value, spec):
+    """A table's cell as a text."""
+    return "–" if value is None else value if isinstance(value, str) else format(value, spec)
+
+
+def print_text(tables, notes):
+    """Print tables and notes for people."""
+    console = make_console()
+    for table in tables:
+        rich = RichTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD)
+        for heading, spec in table.columns:
+            rich.add_column(heading, justify="right" if spec else "left")
+        for row in table.rows:
+            rich.add_row(*(show(x, spec).replace("[", r"\[") for x, (_, spec) in zip(row, table.columns, strict=True)))
+        console.print(rich)
+    for note in notes:
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
+
+
+def to_markdown(tables, notes):
+    """Tables and notes in GitHub's Markdown."""
+    lines = []
+    for table in tables:
+        cells = [[show(x, s) for x, (_, s) in zip(row, table.columns, strict=True)] for row in table.rows]
+        lines += [f"**{table.title}**", "", _markdown_row(heading for heading, _ in table.columns),
+                  _markdown_row("---:" if spec else "---" for _, spec in table.columns)]  # fmt: skip
+        lines += [*map(_markdown_row, cells), ""]
+    return "\n".join(lines + [f"- {note}" for note in notes])
+
+
+def _markdown_row(cells):
+    return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
+
+
+LATEX = {"\\": r"\textbackslash{}", "–": "--", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+         **{c: "\\" + c for c in "&%$#_{}"}}  # fmt: skip
+
+
+def to_latex(tables, notes):
+    """Tables as LaTeX tabulars that need no package; notes as comments."""
+
+    def row(cells):
+        return " & ".join("".join(LATEX.get(c, c) for c in cell) for cell in cells) + r" \\"
+
+    lines = []
+    for table in tables:
+        lines += [f"% {table.title}", r"\begin{tabular}{" + "".join("lr"[bool(s)] for _, s in table.columns) + "}",
+                  r"\hline", row(heading for heading, _ in table.columns), r"\hline"]  # fmt: skip
+        lines += [row(show(x, s) for x, (_, s) in zip(r, table.columns, strict=True)) for r in table.rows]
+        lines += [r"\hline", r"\end{tabular}", ""]
+    return "\n".join(lines + [f"% {note}" for note in notes])
+
+
+def to_csv(groups, found, differences):
+    """Everything as one table for programs: a line a group (or difference) and metric; accuracies in [0, 1]."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("group", "minus", "metric", "test", "n", "mean", "sd", "low", "high", "p"))
+    for group in groups:
+        for metric, values in found[group.label].items():
+            s = summarise(list(values.values()))
+            # No p-value: whether an accuracy is 0 is no question, and a transfer has its interval.
+            writer.writerow((group.label, None, metric, None, s.n, s.mean, s.sd, s.low, s.high, None))
+    for a, b, metric, test, s in differences:
+        writer.writerow((a, b, metric, test, s.n, s.mean, s.sd, s.low, s.high, s.p))
+    return text.getvalue().rstrip("\n")
+
+
+def make_figures(groups):
+    """The page's figures: a list of (title, SVG)."""
+    from tools import plot  # matplotlib is needed here alone
+
+    figures = []
+    for tasks in dict.fromkeys(g.runs[0].tasks for g in groups):
+        alike = [g for g in groups if g.runs[0].tasks == tasks]
+        for kind, (title, _, _) in plot.KINDS.items():
+            if kind == "joint":
+                continue
+            if chosen := plot.choose(kind, alike)[0]:
+                figures.append((title, plot.draw(kind, chosen)))
+    if chosen := plot.choose("joint", groups)[0]:
+        figures.append((plot.KINDS["joint"][0], plot.draw("joint", chosen)))
+    return [(title, plot.save(figure, "svg")) for title, figure in figures]
+
+
+def main(argv=None):
+    """Print the report; return the exit status."""
+    p = Parser(prog="report.py", description="Tables of run folders: spread, intervals, differences, cost.")
+    p.add_argument("runs", nargs="*", metavar="RUN", help="run folders; those that differ in seed only are a group")
+    p.add_argument("--ensemble", nargs="+", action="append", default=[], metavar="RUN",
+                   help="also average these runs' predictions; several times: that many ensembles")  # fmt: skip
+    p.add_argument("--format", choices=("text", "markdown", "latex", "csv"), default="text", help="default: text")
+    p.add_argument("--html", metavar="FILE", help="also write one self-contained page with tables and figures")
+    flags = p.parse_args(argv)
+    groups, notes = group_runs(read_runs("report.py", flags.runs, flags.ensemble))
+    found = measure(groups)
+    differences = compare(groups, found)
+    notes += warnings(groups, found)
+    tables = make_tables(groups, found, differences)
+    if flags.html:
+        shown = [(t.title, [h for h, _ in t.columns], [bool(s) for _, s in t.columns],
+                  [[show(x, s) for x, (_, s) in zip(r, t.columns, strict=True)] for r in t.rows]) for t in tables]
+        write(flags.html, make_page(shown, notes, make_figures(groups)))
+    if flags.format == "text":
+        print_text(tables, notes)
+    elif flags.format == "csv":
+        print(to_csv(groups, found, differences))
+        for note in notes:
+            print(f"report.py: note: {note}", file=sys.stderr)
+    else:
+        print({"markdown": to_markdown, "latex": to_latex}[flags.format](tables, notes))
+    return 0
+
+
+def write(file, text):
+    """Write a text file.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    try:
+        Path(file).write_text(text, encoding="utf-8")
+    except OSError as e:
+        raise ConfigError(f"{file}: cannot be written ({e.strerror})") from e
+
+
+if __name__ == "__main__":
+    sys.exit(run_folders.command("report.py", main))

@@ -1,0 +1,291 @@
+"""Run folders, read, grouped and named: what report.py and plot.py share. Nothing in a run folder is executed."""
+import argparse
+import json
+import pickle
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from modelzoo import WARM, Zoo, ensemble_log_probs
+from multihead import COST, learner_path, make_learner
+from utils import metrics
+from utils.config import ConfigError, load_yaml
+from utils.logger import FREE, RunError, load_tensors, task_names
+
+# Settings that may differ within a group: those that decide nothing, and the files, which count by what they say.
+APART = (*FREE, "seed", "names", "data_config", "hp_config")
+DATA = ("dataset", "path", "size", "tasks")  # one setting here: which tasks
+ZOO_FLAGS = ("num_rounds", "tasks_per_round", "replay_frac", "naive", "warm_start")
+METRICS = ("average_accuracy", "learning_accuracy", "forgetting", "backward_transfer")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run, or an ensemble of several.
+
+    Attributes:
+        path: of its folder (an ensemble: of all, in one text).
+        kind: Model Zoo, Isolated, Multi-Head, ...
+        seed: whole number (an ensemble: a tuple of those of its members).
+        settings: what decides the run, without the seed; the keys of DATA stand as one, tasks.
+        names: [T] of the tasks seen.
+        tasks: what was learned: dataset, path, size and the source labels of each task seen, in one text.
+        matrix: [rounds][T] test accuracy in [0, 1], None where a task was not yet seen.
+        rounds: a dict a round, with tasks and weights, as in result.json; none in an ensemble.
+        cost: networks (that speak for a task, mean over tasks), seconds, rows_trained, parameters; None where unknown.
+        about: commit, hardware and torch's version, as texts.
+    """
+
+    path: str
+    kind: str
+    seed: int | tuple
+    settings: dict
+    names: tuple
+    tasks: str
+    matrix: list
+    rounds: list
+    cost: dict
+    about: dict
+
+    def metrics(self):
+        """Each of METRICS in [0, 1], None where it is undefined."""
+        continual = self.settings.get("continual") and self.rounds
+        return {m: getattr(metrics, m)(self.matrix) if continual or m == METRICS[0] else None for m in METRICS}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in seed only, ordered by it; `label` names them among the groups that they were read with."""
+
+    label: str
+    runs: list
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one line."""
+
+    def error(self, message):
+        raise ConfigError(message)
+
+
+def command(prog, main):
+    """Run `main` and return its exit status: 2, after one line, where the user must mend something."""
+    try:
+        return main()
+    except ConfigError as e:
+        print(f"{prog}: {e}", file=sys.stderr)
+        return 2
+
+
+def read_runs(prog, paths, ensembles=()):
+    """Read the run folders `paths` and an ensemble of each list in `ensembles`; what cannot be read costs a line.
+
+    Raises:
+        ConfigError: nothing could be read.
+    """
+    runs, problems = [], []
+    for read, argument in [(read_run, p) for p in paths] + [(make_ensemble, e) for e in ensembles]:
+        try:
+            runs.append(read(argument))
+        except ConfigError as e:
+            problems.append(str(e))
+    if not runs:
+        raise ConfigError(f"\n{prog}: ".join(problems) or "no run folder given")
+    for problem in problems:
+        print(f"{prog}: skipped: {problem}", file=sys.stderr)
+    return runs
+
+
+def read_run(path):
+    """Read one run folder.
+
+    Raises:
+        ConfigError: there is none, the run is not finished, or the files are not of this code.
+    """
+    folder = Path(path)
+    file = folder / "result.json"
+    if not folder.is_dir():
+        raise ConfigError(f"{path}: no such run folder")
+    if not file.is_file():
+        unfinished = (folder / "config.yaml").is_file()
+        raise ConfigError(f"{path}: {'not finished' if unfinished else 'not a run folder'}: it holds no result.json")
+    about = load_yaml(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
+    try:
+        return _parse(str(path), json.loads(file.read_text(encoding="utf-8")), about)
+    except OSError as e:
+        raise ConfigError(f"{file}: cannot be read ({e.strerror})") from e
+    except KeyError as e:
+        raise ConfigError(f"{file}: not a result of this code: no key {e}") from e
+    except (ValueError, TypeError, AttributeError, RecursionError) as e:
+        raise ConfigError(f"{file}: not a result of this code ({printable(e)[:120]})") from e
+
+
+def _parse(path, result, about):
+    """The `Run` of a result.json; whatever is not as this code writes it raises one of `read_run`'s exceptions."""
+
+    def need(holds, what):
+        if not holds:
+            raise ValueError(what)
+
+    def number(x, high=1e18):
+        return isinstance(x, (int, float)) and not isinstance(x, bool) and 0 <= x <= high
+
+    need(isinstance(result, dict), "not a mapping")
+    config, matrix, rounds, classes = (result[key] for key in ("config", "accuracy_matrix", "rounds", "classes"))
+    need(all(isinstance(task, list) and len(task) > 1 for task in classes), "classes")
+    need(config["method"] == result["method"] in ("modelzoo", "multihead"), "method")
+    continual = config["continual"]
+    need(isinstance(continual, bool) and isinstance(config["seed"], int), "config")
+    need(len(matrix) == len(rounds) > 0 and (not continual or len(matrix) == len(classes)), "rounds")
+    for k, (row, r) in enumerate(zip(matrix, rounds, strict=True)):
+        seen = k + 1 if continual else len(classes)
+        need(len(row) == len(classes), "accuracy_matrix")
+        need(all(number(x, 1) if t < seen else x is None for t, x in enumerate(row)), "accuracy_matrix")
+        need(all(isinstance(t, int) and 0 <= t < len(classes) for t in r["tasks"]), "rounds: tasks")
+        need(len(r["weights"]) <= len(classes) and all(number(w) for w in r["weights"]), "rounds: weights")
+    if config["method"] == "multihead":
+        kind = "Multi-Head"
+    elif continual:
+        kind = "Isolated" if config["tasks_per_round"] == 1 else "Model Zoo"
+    else:
+        kind = "Model Zoo, multi-task"
+    heads = sum(len(r["tasks"]) for r in rounds) + len(classes) * config["warm_start"]
+    cost = {"networks": heads / len(classes)} | {key: result.get(key) for key in COST}
+    need(all(x is None or number(x) for x in cost.values()), "cost")
+    data = [config[key] for key in DATA]
+    names = tuple(map(printable, task_names(config["tasks"], config["names"])[: len(classes)]))
+    need(len(names) == len(classes), "names")
+    stem = printable(Path(config["data_config"]).stem)
+    settings = {key: value for key, value in config.items() if key not in (*APART, *DATA)}
+    versions = about.get("versions") or result.get("versions") or {}
+    commit = printable(about.get("commit"))
+    return Run(
+        path, kind, config["seed"],
+        {"tasks": f"{len(classes)} task{'s' * (len(classes) > 1)} of {stem}", **settings, "all_tasks": data},
+        names, json.dumps([*data[:-1], classes]), matrix, rounds, cost,
+        {"commit": commit[:10] + "+" * commit.endswith("+"), "hardware": printable(about.get("hardware")),
+         "torch": printable(versions.get("torch"))},
+    )  # fmt: skip
+
+
+def printable(value):
+    """`value` as one line without control characters: what a foreign file says must not steer a terminal."""
+    return " ".join("".join(c if c.isprintable() or c.isspace() else "?" for c in str(value)).split())
+
+
+def load_log_probs(run):
+    """A run's predictions and what they should have been, from its folder.
+
+    Returns:
+        log_probs: [T] tensors [M_t, C_t] float64, log class probabilities of the test rows.
+        labels: [T] tensors [M_t] int64.
+
+    Raises:
+        ConfigError: a file is missing, damaged, or not of this run.
+    """
+    folder, classes = Path(run.path), [len(task) for task in json.loads(run.tasks)[-1]]
+    try:
+        labels = load_tensors(folder / "test_labels.pt", "cpu")[: len(classes)]
+        zoo = Zoo([], labels, classes, run.settings["replay_frac"])
+        learners = [(WARM, list(range(len(classes))))] * run.settings["warm_start"]
+        learners += [(k, r["tasks"]) for k, r in enumerate(run.rounds)]
+        zoo.learners = [make_learner(load_tensors(learner_path(folder, k), "cpu")) for k, _ in learners]
+        if [learner.tasks for learner in zoo.learners] != [tuple(tasks) for _, tasks in learners]:
+            raise ValueError("learners of other tasks")
+        log_probs = [zoo.predict_log_probs(t) for t in range(len(classes))]
+        found = [metrics.accuracy(p, y) for p, y in zip(log_probs, labels, strict=True)]
+    except RunError as e:
+        raise ConfigError(str(e)) from e
+    except OSError as e:
+        raise ConfigError(f"{e.filename or folder}: cannot be read ({e.strerror}); an ensemble needs it") from e
+    except (RuntimeError, EOFError, KeyError, IndexError, TypeError, ValueError, AttributeError,
+            pickle.UnpicklingError) as e:  # fmt: skip
+        raise ConfigError(f"{folder}: its predictions are damaged or foreign ({printable(e)[:80]})") from e
+    # A hundredth, because devices may break ties between classes in different ways.
+    if any(abs(a - b) > 0.01 for a, b in zip(found, run.matrix[-1], strict=True)):
+        raise ConfigError(f"{folder}: its predictions do not have the accuracy that its result.json states")
+    return log_probs, labels
+
+
+def make_ensemble(paths):
+    """Average the predictions of the runs in the folders `paths` into one `Run`: the mean of their probabilities.
+
+    Raises:
+        ConfigError: a run that cannot be read, runs over different tasks, or a run that stands there twice.
+    """
+    runs = [read_run(path) for path in paths]
+    first = runs[0]
+    for i, run in enumerate(runs):
+        if run.tasks != first.tasks:
+            raise ConfigError(f"--ensemble: {first.path} and {run.path} are not over the same tasks")
+        for other in runs[:i]:
+            if (_key(run), run.seed) == (_key(other), other.seed):
+                raise ConfigError(f"--ensemble: {other.path} and {run.path} are the same run: settings and seed agree")
+    predictions, all_labels = zip(*map(load_log_probs, runs), strict=True)
+    for run, labels in zip(runs, all_labels, strict=True):
+        if not all(a.equal(b) for a, b in zip(labels, all_labels[0], strict=True)):
+            raise ConfigError(f"--ensemble: {first.path} and {run.path} were tested on different rows")
+    row = [metrics.accuracy(ensemble_log_probs(p, [1.0] * len(p)), y)
+           for *p, y in zip(*predictions, all_labels[0], strict=True)]  # fmt: skip
+    cost = {}
+    for key in first.cost:
+        values = [run.cost[key] for run in runs]
+        cost[key] = None if None in values else sum(values)
+    kinds = {run.kind for run in runs}
+    about = {key: "; ".join(dict.fromkeys(run.about[key] for run in runs)) for key in first.about}
+    settings = {k: v for k, v in first.settings.items() if all(run.settings.get(k) == v for run in runs)}
+    kind = f"ensemble of {len(runs)} {kinds.pop() if len(kinds) == 1 else 'runs'}"
+    return Run(" ".join(map(str, paths)), kind, tuple(sorted(run.seed for run in runs)), settings, first.names,
+               first.tasks, [row], [], cost, about)  # fmt: skip
+
+
+def _key(run):
+    settings = {k: v for k, v in run.settings.items() if k != "tasks"}  # which names the file
+    return json.dumps([run.kind, run.tasks, settings], sort_keys=True)
+
+
+def group_runs(runs):
+    """Gather the runs that differ in seed only.
+
+    Returns:
+        groups: in the order of their first runs.
+        notes: a line for each thing that whoever reads the numbers must know.
+    """
+    found, notes = {}, []
+    for run in runs:
+        seeds = found.setdefault(_key(run), {})
+        if run.seed in seeds:
+            notes.append(f"{run.path} left out: {seeds[run.seed].path} has the same settings and seed")
+        else:
+            seeds[run.seed] = run
+    members = [[seeds[seed] for seed in sorted(seeds)] for seeds in found.values()]
+    labels = []
+    for runs in members:
+        peers = [r[0] for r in members if r[0].kind == runs[0].kind]
+        keys = [k for k in differing([r[0] for r in members]) if k not in ZOO_FLAGS]
+        keys += [k for k in differing(peers) if k in ZOO_FLAGS]
+        if "tasks" in keys:  # which says how many rounds there are
+            keys = [k for k in keys if k != "num_rounds" or not runs[0].settings.get("continual")]
+        label = ", ".join([runs[0].kind, *(setting_text(runs[0], k) for k in keys if setting_text(runs[0], k))])
+        labels.append(label + f" ({labels.count(label) + 1})" * (label in labels))
+        drawn = [seed for run in runs if isinstance(run.seed, tuple) for seed in run.seed]
+        if len(set(drawn)) < len(drawn):
+            notes.append(f"{label}: the ensembles share runs, so they are alike by more than chance and the spread "
+                         "between them is too small")  # fmt: skip
+    return [Group(label, runs) for label, runs in zip(labels, members, strict=True)], notes
+
+
+def differing(runs):
+    """The settings in which `runs` are not all alike, but for those that the kind's name tells."""
+    keys = dict.fromkeys(key for run in runs for key in run.settings if key not in ("method", "continual", "all_tasks"))
+    return [key for key in keys if len({setting_text(run, key) for run in runs} - {""}) > 1]
+
+
+def setting_text(run, key):
+    """A setting in words; "" where it means nothing for this kind of run."""
+    if key not in run.settings or (key in ZOO_FLAGS and run.settings.get("method") == "multihead"):
+        return ""
+    value = run.settings[key]
+    if isinstance(value, bool):
+        return key if value else f"no {key}"
+    return value if key == "tasks" else f"{key} {printable(value)}"
