@@ -21,15 +21,24 @@ from utils.logger import (
     RunError,
     RunLog,
     describe_hardware,
-    load_tensors,
+    load_whole,
     open_run,
     print_result,
     save_tensors,
+    set_aside,
     task_names,
     versions,
     write_file,
-)
-from utils.run_net import choose_device, choose_precision, derive_seed, make_generator, predict_logits, train_net
+)  # fmt: skip
+from utils.run_net import (
+    BadSnapshot,
+    choose_device,
+    choose_precision,
+    derive_seed,
+    make_generator,
+    predict_logits,
+    train_net,
+)  # fmt: skip
 
 CHECKPOINT_SECONDS = 60  # between two checkpoints of a learner in training, at least
 COST = ("seconds", "rows_trained", "parameters")  # of a learner; a run's are the sums over its learners
@@ -58,26 +67,24 @@ class Learner:
     net: dict | None = None
 
 
-def train_learner(settings, precision, train, test, tasks, rows, seen, round, log, checkpoint=None):
-    """Train a network with a head a task from a fresh start, and evaluate it.
+def train_epochs(settings, precision, train, tasks, rows, round, start=None):
+    """Train a network with a head a task from a fresh start.
 
     Args:
         settings: the run's.
         precision: fp32, bf16 or fp16.
-        train, test: `TaskData` on the training device.
+        train: `TaskData` on the training device.
         tasks: [n] indices of the tasks.
         rows: [n] tensors, the rows of `train` to train on for each of them; a row may stand there several times.
-        seen: [n] tensors, the rows of `train` on which the learner's logits are kept.
         round: which learner of the run this is; it decides every random choice together with the seed.
-        log: the `RunLog`.
-        checkpoint: a file that is kept up to date between epochs while training takes long, and from which training
-            goes on where it is there (None: no such file).
+        start: a snapshot to go on from (None: from the beginning).
 
-    Returns:
-        A `Learner`.
+    Yields:
+        (net, values, snapshot) after each epoch: the `MultiHead`, and what `train_net` yields.
 
     Raises:
-        RunError: the training loss is not finite, the device's memory does not suffice, or the disk refuses.
+        RunError: the training loss is not finite.
+        BadSnapshot: `start` is of another network.
     """
     device, seed = train.images.device, settings.seed
     classes = [train.classes[t] for t in tasks]
@@ -88,40 +95,75 @@ def train_learner(settings, precision, train, test, tasks, rows, seen, round, lo
     set_dropout_generator(net, generators["dropout"])
     heads = torch.cat([torch.full_like(r, head) for head, r in enumerate(rows)])
     rows = torch.cat(tuple(rows))
-    saved = load_whole(checkpoint, "cpu", log) if checkpoint else None
-    first, seconds = (saved["training"]["epoch"], saved["seconds"]) if saved else (0, 0.0)
-    began = time.perf_counter() - seconds
-    log.forget(round, first)
-    log.start_round(round, settings.epochs)
-    log.skip(first * len(rows), first, settings.epochs)
     epochs = train_net(
         net, train.images, rows, heads, train.labels[rows], epochs=settings.epochs, batch=settings.batch,
         lr=settings.lr, l2_reg=settings.l2_reg, schedule=settings.schedule, augment=settings.augment, flip=train.flip,
-        precision=precision, generators=generators, start=saved["training"] if saved else None,
+        precision=precision, generators=generators, start=start,
     )  # fmt: skip
+    for values, snapshot in epochs:
+        where = f"round {round}, epoch {values['epoch']}"
+        require_finite(values["train_loss"], f"{where}: the training loss", values["lr"])
+        yield net, values, snapshot
+
+
+def require_finite(value, what, lr):
+    """Stop a run whose learner diverges, before it joins the zoo.
+
+    Raises:
+        RunError: `value` is infinite or not a number.
+    """
+    if not math.isfinite(value):
+        raise RunError(f"{what} is {value} at learning rate {lr:.3g}; the learners before this one are safe; "
+                       "try a lower lr or --precision fp32")  # fmt: skip
+
+
+def train_learner(settings, precision, train, test, tasks, rows, seen, round, log, checkpoint=None):
+    """Train a learner and evaluate it.
+
+    Args:
+        settings, precision, train, tasks, rows, round: see `train_epochs`.
+        test: `TaskData` on the same device.
+        seen: [n] tensors, the rows of `train` on which the learner's logits are kept.
+        log: the `RunLog`.
+        checkpoint: a file that is kept up to date between epochs while training takes long, and from which training
+            goes on where it is there (None: no such file).
+
+    Returns:
+        A `Learner`.
+
+    Raises:
+        RunError: the training loss or a logit is not finite, or the disk refuses.
+    """
+    saved = load_whole(checkpoint, "cpu", log) if checkpoint else None
+    if saved is not None and not (isinstance(saved, dict) and saved.get("tasks") == list(tasks)):
+        set_aside(checkpoint, "not of this run", log)
+        saved = None
+    first, seconds, start = (saved[key] for key in ("epoch", "seconds", "snapshot")) if saved else (0, 0.0, None)
+    began = time.perf_counter() - seconds
+    n = sum(map(len, rows))
+    log.forget(round, first)
+    log.start_round(round, settings.epochs)
+    log.skip(first * n, first, settings.epochs)
     due = time.perf_counter() + CHECKPOINT_SECONDS
-    try:
-        for epoch, (values, snapshot) in enumerate(epochs, first):
-            if not math.isfinite(values["train_loss"]):
-                raise RunError(
-                    f"round {round}, epoch {epoch}: the training loss is {values['train_loss']} at learning rate "
-                    f"{values['lr']:.3g}; the learners before it are safe; try a lower lr or --precision fp32"
-                )
-            log.log_epoch(round, epoch, settings.epochs, len(rows), **values, seconds=time.perf_counter() - began)
-            if checkpoint and time.perf_counter() >= due and epoch + 1 < settings.epochs:
-                start = time.perf_counter()
-                save_tensors(checkpoint, {"training": snapshot(), "seconds": start - began})
-                # A hundred times what writing costs: under 1 % of the time goes into it.
-                due = time.perf_counter() + max(CHECKPOINT_SECONDS, 100 * (time.perf_counter() - start))
-        train_logits, test_logits = [], []
-        for head, (t, looked_at) in enumerate(zip(tasks, seen, strict=True)):
-            args = (head, train.classes[t], precision)
-            train_logits.append(predict_logits(net, train.images, looked_at, *args))
-            test_logits.append(predict_logits(net, test.images, test.rows(t), *args))
-    except torch.OutOfMemoryError as e:
-        raise RunError(f"round {round}: {device} has too little memory for batch {settings.batch}; try less") from e
+    epochs = train_epochs(settings, precision, train, tasks, rows, round, start)
+    for net, values, snapshot in epochs:  # noqa: B007 (net is evaluated below)
+        log.log_epoch(round, settings.epochs, n, **values, seconds=time.perf_counter() - began)
+        done = values["epoch"] + 1
+        if checkpoint and time.perf_counter() >= due and done < settings.epochs:
+            now = time.perf_counter()
+            saved = {"tasks": list(tasks), "epoch": done, "seconds": now - began, "snapshot": snapshot()}
+            save_tensors(checkpoint, saved)
+            # A hundred times what writing costs: under 1 % of the time goes into it.
+            due = time.perf_counter() + max(CHECKPOINT_SECONDS, 100 * (time.perf_counter() - now))
+    train_logits, test_logits = [], []
+    for head, (t, looked_at) in enumerate(zip(tasks, seen, strict=True)):
+        args = (head, train.classes[t], precision)
+        train_logits.append(predict_logits(net, train.images, looked_at, *args))
+        test_logits.append(predict_logits(net, test.images, test.rows(t), *args))
+        for logits in (train_logits[-1], test_logits[-1]):
+            require_finite(logits.abs().max().item(), f"round {round}: after training the largest logit", values["lr"])
     weights = {k: v.cpu() for k, v in net.state_dict().items()} if settings.save_nets else None
-    cost = (time.perf_counter() - began, settings.epochs * len(rows), sum(p.numel() for p in net.parameters()))
+    cost = (time.perf_counter() - began, settings.epochs * n, sum(p.numel() for p in net.parameters()))
     return Learner(tuple(tasks), tuple(train_logits), tuple(test_logits), *cost, weights)
 
 
@@ -134,7 +176,12 @@ def train_or_load(settings, precision, train, test, tasks, rows, seen, round, fo
     checkpoint = path.with_suffix(".checkpoint")
     learner = load_learner(path, train, test, tasks, seen, log)
     if learner is None:
-        learner = train_learner(settings, precision, train, test, tasks, rows, seen, round, log, checkpoint)
+        arguments = (settings, precision, train, test, tasks, rows, seen, round, log, checkpoint)
+        try:
+            learner = train_learner(*arguments)
+        except BadSnapshot as e:
+            set_aside(checkpoint, e, log)
+            learner = train_learner(*arguments)
         save_learner(path, learner)
     else:
         log.skip(settings.epochs * sum(map(len, rows)))
@@ -181,29 +228,6 @@ def load_learner(path, train, test, tasks, seen, log):
         pass  # a file of another program
     set_aside(path, "not of this run", log)
     return None
-
-
-def load_whole(path, device, log):
-    """What `save_tensors` wrote to `path`; None where there is none or, reported and set aside, a damaged one."""
-    try:
-        return load_tensors(path, device)
-    except FileNotFoundError:
-        return None
-    except OSError as e:
-        raise RunError(f"{path}: cannot be read ({e.strerror})") from e
-    except ValueError as e:
-        set_aside(path, e, log)
-        return None
-
-
-def set_aside(path, why, log):
-    """Rename a file that cannot be used, and say so."""
-    aside = path.with_name(f"{path.name}.damaged")
-    try:
-        path.replace(aside)
-    except OSError as e:
-        raise RunError(f"{path}: {why}, and cannot be renamed ({e.strerror})") from e
-    log.print(f"{path}: {why}; kept as {aside.name}, trained again")
 
 
 def prepare(settings):
@@ -306,6 +330,9 @@ def command(prog, method, run, argv=None):
         # File and class names may hold line ends and worse.
         line = "".join(c if c.isprintable() else " " for c in f"{prog}: {e}")
         print(line, file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        print(f"{prog}: {settings.device} has too little memory for batch {settings.batch}; try less", file=sys.stderr)
         return 2
     except Stopped as e:
         number = signal.Signals(e.args[0])

@@ -163,7 +163,11 @@ def load_or_download(name, torchvision_class, files, data_dir, shape, num_labels
         arrays[f"{split}_images"] = np.asarray(data.data)
         arrays[f"{split}_labels"] = np.asarray(data.targets, np.uint8)
     part = cache.with_suffix(f".{os.getpid()}.part")
-    with open(part, "wb") as file:
-        np.savez(file, **arrays)
-    os.replace(part, cache)
+    try:
+        with open(part, "wb") as file:
+            np.savez(file, **arrays)
+        os.replace(part, cache)
+    except OSError as e:
+        part.unlink(missing_ok=True)
+        raise DataError(f"{cache}: cannot be written ({e.strerror})") from e
     return load_npz(cache, shape, num_labels)

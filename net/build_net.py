@@ -1,6 +1,7 @@
 """A backbone and its heads."""
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from net.smallconv import SmallConv
 from net.wideresnet import Dropout, WideResNet
@@ -26,7 +27,9 @@ class Heads(nn.Module):
 
     def forward(self, features, heads):
         """Logits [B, C_max] of features [B, D], row b through head heads[b] ([B] int64); -inf past that head's C_t."""
-        logits = torch.einsum("bd,bcd->bc", features, self.weight[heads]) + self.bias[heads]
+        # An embedding's gradient is summed in a fixed order; an index's, on a CPU's threads, in whichever comes.
+        weight = F.embedding(heads, self.weight.flatten(1)).view(len(heads), *self.weight.shape[1:])
+        logits = torch.einsum("bd,bcd->bc", features, weight) + F.embedding(heads, self.bias)
         return logits.masked_fill(self.absent[heads], -torch.inf)
 
 

@@ -102,6 +102,23 @@ def test_gathered_heads_equal_separate_linear_layers():
         assert not heads.weight.grad[t, c:].any() and not heads.bias.grad[t, c:].any()
 
 
+def test_gradient_of_the_heads_is_the_same_bit_for_bit_on_several_threads():
+    """Found on a whole run: the gradient of a plain index is summed in whatever order the threads come."""
+    heads, rows = Heads(256, [10] * 3), torch.randint(0, 3, (256,))
+    features, labels = torch.randn(256, 256), torch.randint(0, 10, (256,))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        gradients = set()
+        for _ in range(30):
+            heads.weight.grad = None
+            nn.functional.cross_entropy(heads(features, rows), labels).backward()
+            gradients.add(heads.weight.grad.numpy().tobytes())
+    finally:
+        torch.set_num_threads(threads)
+    assert len(gradients) == 1
+
+
 def test_a_row_trains_only_its_own_head():
     heads, _ = make_heads()
     nn.functional.cross_entropy(heads(torch.randn(4, 7), torch.tensor([1] * 4)), torch.arange(4)).backward()

@@ -135,10 +135,10 @@ def test_learner_goes_on_from_its_checkpoint(workspace, monkeypatch, method, mor
     monkeypatch.setattr(multihead, "CHECKPOINT_SECONDS", -1e9)
     log_epoch = multihead.RunLog.log_epoch
 
-    def stop_in_the_third(self, round, epoch, *args, **values):
-        if (round, epoch) == (last, 2):
+    def stop_in_the_third(self, round, *args, **values):
+        if (round, values["epoch"]) == (last, 2):
             raise multihead.Stopped(signal.SIGTERM)
-        log_epoch(self, round, epoch, *args, **values)
+        log_epoch(self, round, *args, **values)
 
     command = flags(workspace, "--name", "b", *more)
     with monkeypatch.context() as m:
@@ -147,8 +147,13 @@ def test_learner_goes_on_from_its_checkpoint(workspace, monkeypatch, method, mor
     checkpoint = workspace / f"runs/b/learners/00{last}.checkpoint"
     assert checkpoint.exists()
     epochs = []
+
+    def note(self, round, *args, **values):
+        epochs.append((round, values["epoch"]))
+        log_epoch(self, round, *args, **values)
+
     with monkeypatch.context() as m:
-        m.setattr(multihead.RunLog, "log_epoch", lambda self, *a, **v: (epochs.append(a[:2]), log_epoch(self, *a, **v)))
+        m.setattr(multihead.RunLog, "log_epoch", note)
         assert numbers(start(workspace, "b", "--resume", *more, method=method)) == numbers(whole)
     assert epochs in ([(last, 1), (last, 2), (last, 3)], [(last, 2), (last, 3)]) and not checkpoint.exists()
     lines = [json.loads(line) for line in (workspace / "runs/b/log.jsonl").read_text().splitlines()]
@@ -182,7 +187,7 @@ def test_full_disk_is_one_line_and_loses_nothing(workspace):
     whole = start(workspace, "a", "--continual")
     code, output = finish(spawn(workspace, "--continual", "--name", "b", setups=[small_disk]))
     assert code == 2 and output.count("\n") == 1
-    assert "000.pt: cannot be written (File too large); what was written before it is safe" in output
+    assert ".pt: cannot be written (File too large); what was written before it is safe" in output
     assert not list((workspace / "runs/b").rglob("*.part"))
     assert numbers(start(workspace, "b", "--continual", "--resume")) == numbers(whole)
 
@@ -281,3 +286,28 @@ def test_foreign_folder_is_left_alone(workspace, capsys):
         with contextlib.suppress(FileNotFoundError):
             assert [p.name for p in (workspace / "runs/mine").iterdir()] == ["thesis.tex"]
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content, message", [
+    ({"tasks": [1]}, "not of this run"),
+    (7, "not of this run"),
+    ({"tasks": [0, 1, 2], "epoch": 1, "seconds": 0.0, "snapshot": {"epoch": 1}}, "not of this network"),
+])  # fmt: skip
+def test_foreign_checkpoint_is_set_aside(workspace, capsys, content, message):
+    whole = start(workspace, "a", method="multihead")
+    for name in ("result.json", "learners/000.pt"):
+        (workspace / "runs/a" / name).unlink()
+    multihead.save_tensors(workspace / "runs/a/learners/000.checkpoint", content)
+    capsys.readouterr()
+    assert numbers(start(workspace, "a", "--resume", method="multihead")) == numbers(whole)
+    assert f"000.checkpoint: {message}; kept as" in capsys.readouterr().out
+
+
+def test_learner_that_diverges_in_its_last_step_does_not_join_the_zoo(workspace, monkeypatch, capsys):
+    """The last epoch's loss is finite still, the logits are not: they would make every later draw fail."""
+    predict = multihead.predict_logits
+    monkeypatch.setattr(multihead, "predict_logits", lambda *args: predict(*args) * float("nan"))
+    assert multihead.command("x", "modelzoo", modelzoo.run, flags(workspace, "--name", "a")) == 2
+    err = capsys.readouterr().err
+    assert "round 0: after training the largest logit is nan at learning rate 0.01" in err and err.count("\n") == 1
+    assert not list((workspace / "runs/a/learners").iterdir())

@@ -156,6 +156,29 @@ def load_tensors(path, device):
         raise ValueError("not a learner's file") from e
 
 
+def load_whole(path, device, log):
+    """What `save_tensors` wrote to `path`; None where there is none or, reported and set aside, a damaged one."""
+    try:
+        return load_tensors(path, device)
+    except FileNotFoundError:
+        return None
+    except OSError as e:
+        raise RunError(f"{path}: cannot be read ({e.strerror})") from e
+    except ValueError as e:
+        set_aside(path, e, log)
+        return None
+
+
+def set_aside(path, why, log):
+    """Rename a file that cannot be used, and say so."""
+    aside = path.with_name(f"{path.name}.damaged")
+    try:
+        path.replace(aside)
+    except OSError as e:
+        raise RunError(f"{path}: {why}, and cannot be renamed ({e.strerror})") from e
+    log.print(f"{path}: {why}; kept as {aside.name}, trained again")
+
+
 def make_console():
     """Lines go to standard output; where that is no terminal, wide enough that tables are not folded."""
     console = Console(highlight=False, soft_wrap=False)
@@ -196,7 +219,7 @@ class RunLog:
         self.bars.update(self.run_bar, description=f"round {round + 1}/{self.rounds}")
         self.bars.reset(self.learner_bar, total=epochs, description=f"epoch 0/{epochs}")
 
-    def log_epoch(self, round, epoch, epochs, rows, **values):
+    def log_epoch(self, round, epochs, rows, *, epoch, **values):
         """Note an epoch (counted from 0) that trained on `rows` rows."""
         self.write(round=round, epoch=epoch, **values)
         self.skip(rows, epoch + 1, epochs)

@@ -11,6 +11,10 @@ from utils.config import ConfigError
 PAD = 4  # pixels of zeros around an image before it is cropped at random
 
 
+class BadSnapshot(Exception):
+    """What training was to go on from is not of this network."""
+
+
 def derive_seed(seed, round, purpose):
     """A seed of 63 bits for one purpose in one round, unrelated to every other."""
     digest = hashlib.sha256(f"{seed}/{round}/{purpose}".encode()).digest()
@@ -113,28 +117,35 @@ def train_net(net, images, rows, heads, labels, *, epochs, batch, lr, l2_reg, sc
         augment: crop at random, and mirror if `flip`.
         precision: fp32, bf16 or fp16, of the backbone alone.
         generators: "shuffle", "augment" and "dropout" (the last is drawn from inside the net), on the data's device.
-        start: what `snapshot` returned, to go on from there (None: from the beginning).
+        start: what `snapshot` returned, its tensors on the CPU, to go on from there (None: from the beginning).
 
     Yields:
-        After each epoch (values, snapshot): dict(train_loss, train_accuracy, lr), means over the rows as they were
-        trained on and the rate of the epoch's last step; and a function that returns all that training needs to go on
-        from here, exactly, as a dict of tensors and numbers.
+        After each epoch (values, snapshot): dict(epoch, train_loss, train_accuracy, lr), counted from 0, means over the
+        rows as they were trained on, and the rate of the epoch's last step; and a function that returns all that
+        training needs to go on from here, exactly, as a dict of tensors and numbers.
+
+    Raises:
+        BadSnapshot: `start` is of another network.
     """
-    net.train().to(memory_format=torch.channels_last)
+    net.to(memory_format=torch.channels_last)
     optimiser = torch.optim.SGD(net.parameters(), lr, momentum=0.9, weight_decay=l2_reg, nesterov=True)
     scaler = torch.amp.GradScaler(images.device.type, enabled=precision == "fp16")
     steps = epochs * math.ceil(len(rows) / batch)
     first = 0
     if start is not None:
-        first = start["epoch"]
-        for key, part in (("net", net), ("optimiser", optimiser), ("scaler", scaler)):
-            part.load_state_dict(start[key])
-        for key, generator in generators.items():
-            generator.set_state(start["generators"][key].cpu())
+        try:
+            first = start["epoch"]
+            for key, part in (("net", net), ("optimiser", optimiser), ("scaler", scaler)):
+                part.load_state_dict(start[key])
+            for key, generator in generators.items():
+                generator.set_state(start["generators"][key])
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
+            raise BadSnapshot("not of this network") from e
     step = first * (steps // epochs)
     for epoch in range(first, epochs):
         # Summed on the device and read once an epoch, so that no step waits for the host.
         loss_sum, correct = torch.zeros(2, dtype=torch.float64, device=images.device)
+        net.train()  # between epochs the caller may have had it predict
         for i in torch.randperm(len(rows), generator=generators["shuffle"], device=images.device).split(batch):
             rate = learning_rate(schedule, lr, step, steps)
             optimiser.param_groups[0]["lr"] = rate
@@ -150,13 +161,13 @@ def train_net(net, images, rows, heads, labels, *, epochs, batch, lr, l2_reg, sc
             loss_sum += loss.detach().double() * len(i)
             correct += (logits.detach().argmax(1) == label).sum()
             step += 1
-        values = {"train_loss": loss_sum.item() / len(rows), "train_accuracy": correct.item() / len(rows), "lr": rate}
+        means = {"train_loss": loss_sum.item() / len(rows), "train_accuracy": correct.item() / len(rows)}
 
         def snapshot(done=epoch + 1):
             parts = {"net": net.state_dict(), "optimiser": optimiser.state_dict(), "scaler": scaler.state_dict()}
             return {"epoch": done, "generators": {k: g.get_state() for k, g in generators.items()}, **parts}
 
-        yield values, snapshot
+        yield {"epoch": epoch, **means, "lr": rate}, snapshot
 
 
 @torch.no_grad()
