@@ -131,9 +131,9 @@ def replay_repeats(num_tasks, replay_frac):
     return max(math.floor(1 / ((num_tasks - 1) * Fraction(repr(replay_frac)))), 1)
 
 
-def run(settings):
-    """Grow a zoo in its run folder and return its result."""
-    device, precision, train, test = prepare(settings)
+def run(settings, loaded=None):
+    """Grow a zoo in its run folder and return its result; `loaded` is as for `build_dataset`."""
+    device, precision, train, test = prepare(settings, loaded)
     with open_folder(settings, device, precision, test) as folder:
         return finish(settings, device, precision, *grow_zoo(settings, precision, train, test, folder))
 

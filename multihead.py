@@ -230,8 +230,12 @@ def load_learner(path, train, test, tasks, seen, log):
     return None
 
 
-def prepare(settings):
+def prepare(settings, loaded=None):
     """Choose the device, load the data onto it, and refuse what cannot work, before anything is written.
+
+    Args:
+        settings: the run's.
+        loaded: as for `build_dataset`.
 
     Returns:
         device, precision, train, test.
@@ -240,7 +244,7 @@ def prepare(settings):
     precision = choose_precision(settings.precision, device)
     generator = make_generator(settings.seed, 0, "data")
     train, test = build_dataset(settings.dataset, settings.tasks, settings.data_dir, generator, settings.samples,
-                                settings.path, settings.size)  # fmt: skip
+                                settings.path, settings.size, loaded)  # fmt: skip
     try:
         build_net(settings.model, train.images.shape[1:], train.classes[:1], settings.dropout, seed=0)
     except ValueError as e:
@@ -290,9 +294,9 @@ def finish(settings, device, precision, matrix, rounds, cost):
     return result
 
 
-def run(settings):
-    """Train Multi-Head in its run folder and return its result."""
-    device, precision, train, test = prepare(settings)
+def run(settings, loaded=None):
+    """Train Multi-Head in its run folder and return its result; `loaded` is as for `build_dataset`."""
+    device, precision, train, test = prepare(settings, loaded)
     tasks = list(range(len(settings.tasks)))
     rows = [train.rows(t) for t in tasks]
     work = settings.epochs * len(train.labels)

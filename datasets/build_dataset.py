@@ -10,23 +10,22 @@ from datasets.modmnist import modify
 PHOTOGRAPHS = ("cifar10", "cifar100", "mini_imagenet", "image_folder")  # a mirrored one still shows its class
 
 
-def build_dataset(dataset, tasks, data_dir, generator, samples=None, path=None, size=None):
-    """Load a dataset and cut it into tasks.
+def load_splits(dataset, tasks, data_dir, path=None, size=None):
+    """Load the rows that a dataset's tasks are cut from; no seed and no `samples` has a part in it.
 
     Args:
         dataset: a name of the README's table of datasets.
         tasks: source labels of each task.
         data_dir: where the data lie or are downloaded to.
-        generator: chooses the `samples` and the random labels of noisy classes.
-        samples: training rows a class at most (None: all); test rows are never thinned.
         path: of npz and image_folder, below data_dir.
         size: of image_folder, side in pixels.
 
     Returns:
-        train, test: `TaskData` on the CPU.
+        splits: (train_images, train_labels), (test_images, test_labels): uint8 [N, C, H, W] and int64 [N].
+        tasks: their source labels as the rows have them: an image folder's class names are numbers by now.
 
     Raises:
-        DataError: data missing, damaged or without one of the labels.
+        DataError: data missing or damaged.
     """
     labels = {label for task in tasks for label in task}
     match dataset:
@@ -54,6 +53,25 @@ def build_dataset(dataset, tasks, data_dir, generator, samples=None, path=None, 
             splits, tasks = load_image_folder(_inside(data_dir, path), tasks, size)
         case _:
             raise DataError(f"no dataset is called {dataset}")
+    return splits, tasks
+
+
+def build_dataset(dataset, tasks, data_dir, generator, samples=None, path=None, size=None, loaded=None):
+    """Load a dataset and cut it into tasks.
+
+    Args:
+        dataset, tasks, data_dir, path, size: see `load_splits`.
+        generator: chooses the `samples` and the random labels of noisy classes.
+        samples: training rows a class at most (None: all); test rows are never thinned.
+        loaded: what `load_splits` gave, where the caller has it already (None: load it).
+
+    Returns:
+        train, test: `TaskData` on the CPU.
+
+    Raises:
+        DataError: data missing, damaged or without one of the labels.
+    """
+    splits, tasks = loaded or load_splits(dataset, tasks, data_dir, path, size)
     noisy_from = NOISY if dataset == "cifar100" else None
     flip = dataset in PHOTOGRAPHS
     (train_images, train_labels), (test_images, test_labels) = splits

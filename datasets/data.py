@@ -1,6 +1,7 @@
 """Tasks as tensors: uint8 rows sorted by task; a subset is an index."""
 import contextlib
 import io
+import itertools
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -76,6 +77,38 @@ def make_tasks(images, labels, tasks, flip, samples=None, noisy_from=None, gener
                 targets.append(torch.full((n,), c))
         starts.append(sum(map(len, rows)))
     return TaskData(images[torch.cat(rows)], torch.cat(targets), tuple(starts), tuple(map(len, tasks)), flip)
+
+
+def hold_out(train):
+    """Split training rows in two, class by class, so that settings can be compared without a test row.
+
+    Of every class of every task each fifth row is held out (of fewer than five the last), whatever the seed: a label
+    that stands in two tasks brings the same rows, in the same order, to both, so both hold out the same ones.
+
+    Args:
+        train: `TaskData` of the training rows.
+
+    Returns:
+        fit, held_out: `TaskData`; together all rows of `train`.
+
+    Raises:
+        DataError: a class has a single row.
+    """
+    held = torch.zeros(len(train.labels), dtype=torch.bool, device=train.labels.device)
+    for t in range(len(train.classes)):
+        rows = train.rows(t)
+        for c in range(train.classes[t]):
+            of_class = rows[train.labels[rows] == c]
+            if len(of_class) == 1:
+                raise DataError(f"class {c} of task {t} has a single training row: none can be held out beside it")
+            held[of_class[4::5] if len(of_class) >= 5 else of_class[-1:]] = True
+
+    def subset(chosen):
+        counts = [int(chosen[train.rows(t)].sum()) for t in range(len(train.classes))]
+        starts = (0, *itertools.accumulate(counts))
+        return replace(train, images=train.images[chosen], labels=train.labels[chosen], starts=starts)
+
+    return subset(~held), subset(held)
 
 
 def load_npz(path, shape=None, num_labels=None):

@@ -15,7 +15,8 @@ import yaml
 import modelzoo
 import multihead
 from tests.conftest import CONV, flags, make_arrays, write_yaml
-from utils.config import read_settings
+from tools.sweep import read_grid
+from utils.config import read_search, read_settings
 from utils.logger import RunLog
 from utils.run_net import make_generator
 
@@ -268,7 +269,7 @@ def test_neither_data_nor_network_is_one_line(workspace):
 def readme_commands():
     blocks = (ROOT / "README.md").read_text().split("```")[1::2]
     text = "\n".join(block.partition("\n")[2] for block in blocks).replace("\\\n", " ").replace("$seed", "0")
-    return [line.strip() for line in text.splitlines() if line.strip().startswith(("python m", "make "))]
+    return [line.strip() for line in text.splitlines() if line.strip().startswith(("python ", "make "))]
 
 
 def test_readme_commands_are_understood(monkeypatch):
@@ -280,6 +281,14 @@ def test_readme_commands_are_understood(monkeypatch):
         words = shlex.split(command, comments=True)
         if words[0] == "make":
             assert all(f"\n{target}:" in targets for target in words[1:])
+        elif words[1] == "hpo.py":
+            assert read_search("hpo.py", words[2:])
+        elif words[1] == "tools/sweep.py":
+            assert "…" in words or read_grid(words[2:])
+        elif words[1].startswith("tools/"):
+            assert (ROOT / words[1]).exists()
         else:
             method = words[1].removesuffix(".py")
+            # What hpo.py writes is not there before it ran.
+            words = [word.replace("my_digits.yaml", "small.yaml") for word in words]
             assert read_settings(words[1], method, words[2:]).method == method

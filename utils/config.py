@@ -3,7 +3,7 @@ import argparse
 import math
 import re
 import reprlib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import yaml
@@ -31,6 +31,24 @@ DATASET_KEYS = {"npz": ("path",), "image_folder": ("path", "size")}  # beyond da
 MODELS = ("conv", "wrn16_4", "wrn28_10")
 SCHEDULES = ("cosine", "constant")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+OBJECTIVES = ("multihead", "zoo")
+ZOO_ROUNDS = 5  # of the short continual zoo that a search may train
+
+# The values that a hyper-parameter key may have, as `check` takes them.
+RANGES = {
+    "batch": {"kind": int, "low": 1, "high": 10**6},
+    "lr": {"kind": float, "above": 0, "below": math.inf},
+    "l2_reg": {"kind": float, "low": 0, "below": math.inf},
+    "dropout": {"kind": float, "low": 0, "below": 1},
+}
+# What a search tries where a hyper-parameter file's `search:` says nothing else: one of some values, or a number
+# between two ends, uniformly or on a logarithmic scale.
+SPACE = {
+    "batch": ("choice", (8, 16, 32, 128)),
+    "lr": ("log", (1e-4, 1e-1)),
+    "l2_reg": ("log", (1e-6, 1e-2)),
+    "dropout": ("uniform", (0.1, 0.5)),
+}
 
 
 @dataclass(frozen=True)
@@ -71,6 +89,19 @@ class Settings:
     warm_start: bool = False
     resume: bool = False
     save_nets: bool = False
+
+
+@dataclass(frozen=True)
+class Search:
+    """How hpo.py searches; what a trial trains is a `Settings`."""
+
+    space: dict[str, tuple]  # of each key searched: how (choice, log, uniform) and the values or the two ends
+    objective: str  # multihead, zoo
+    num_samples: int  # trials
+    max_concurrent: int | None  # trials at once at most (None: as many as fit)
+    cpus_per_trial: float
+    gpus_per_trial: float | None  # None: a whole one where there are any
+    address: str | None  # of a running Ray cluster (None: this machine)
 
 
 class _Loader(yaml.SafeLoader):
@@ -187,6 +218,34 @@ def read_dataset(file):
     return {"dataset": name, "tasks": tuple(map(tuple, tasks)), "names": names, "path": path, "size": size}
 
 
+def read_space(file):
+    """Read the space that a search tries: `SPACE`, changed by what the hyper-parameter file's `search:` says.
+
+    Raises:
+        ConfigError: see `read_hyperparam`.
+    """
+    found = load_yaml(file).get("search", {})
+    if not isinstance(found, dict):
+        raise ConfigError(f"{file}: search: must hold keys, each with what to try, such as 'lr: {{log: [1e-4, 1e-1]}}'")
+    _check_keys(f"{file}: search", found, (), SPACE)
+    space = dict(SPACE)
+    for key, entry in found.items():
+        where = f"{file}: search: {key}"
+        hows = ("choice",) if key == "batch" else ("choice", "log", "uniform")
+        if not isinstance(entry, dict) or len(entry) != 1 or next(iter(entry)) not in hows:
+            raise ConfigError(f"{where}: must hold one of {', '.join(hows)}, such as '{{{hows[-1]}: [16, 32]}}'")
+        ((how, values),) = entry.items()
+        if not isinstance(values, list) or not values or how != "choice" and len(values) != 2:
+            raise ConfigError(f"{where}: {how}: must be a list of {'values' if how == 'choice' else 'two ends'}")
+        values = tuple(check(f"{where}: {how}", value, **RANGES[key]) for value in values)
+        if how != "choice" and not values[0] < values[1]:
+            raise ConfigError(f"{where}: {how}: {values[0]} must be below {values[1]}")
+        if how == "log" and values[0] == 0:
+            raise ConfigError(f"{where}: log: 0 has no logarithm; 'uniform' can begin there")
+        space[key] = (how, values)
+    return space
+
+
 def read_hyperparam(file, epochs=None):
     """Read a hyper-parameter file: dict with every training setting; `epochs` (the flag) goes over the file's.
 
@@ -194,34 +253,35 @@ def read_hyperparam(file, epochs=None):
         ConfigError: an unknown or missing key, or a value that cannot be right.
     """
     found = load_yaml(file)
-    _check_keys(file, found, ("model", "batch", "lr", "l2_reg", "dropout"), ("epochs", "schedule", "augment"))
+    _check_keys(file, found, ("model", *RANGES), ("epochs", "schedule", "augment", "search"))
+    read_space(file)
     if epochs is None:
         epochs = check(f"{file}: epochs", found.get("epochs", 100), int, 1, 10**6)
     augment = check(f"{file}: augment", found.get("augment", True), bool)
     return {
         "model": check(f"{file}: model", found["model"], str, choices=MODELS),
-        "batch": check(f"{file}: batch", found["batch"], int, 1, 10**6),
-        "lr": check(f"{file}: lr", found["lr"], float, above=0, below=math.inf),
-        "l2_reg": check(f"{file}: l2_reg", found["l2_reg"], float, 0, below=math.inf),
-        "dropout": check(f"{file}: dropout", found["dropout"], float, 0, below=1),
+        **{key: check(f"{file}: {key}", found[key], **values) for key, values in RANGES.items()},
         "epochs": epochs,
         "schedule": check(f"{file}: schedule", found.get("schedule", "cosine"), str, choices=SCHEDULES),
         "augment": augment and epochs > 1,
     }
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """A command line whose mistakes are a `ConfigError`."""
+
     def error(self, message):
         raise ConfigError(_one_line(message, 500))
 
 
 def make_parser(prog, method):
-    """Build the command line of `method` (modelzoo, multihead); a misspelt flag is an error, not a guess."""
+    """Build the command line of `method` (modelzoo, multihead, hpo); a misspelt flag is an error, not a guess."""
     about = {
         "modelzoo": "Grow a Model Zoo: an ensemble of multi-head networks, one a round.",
         "multihead": "Train one network with a head a task on all tasks at once: the joint baseline.",
+        "hpo": "Search training settings on rows held out of the training set, on this machine or on a Ray cluster.",
     }
-    p = _Parser(prog=prog, description=about[method], allow_abbrev=False)
+    p = Parser(prog=prog, description=about[method], allow_abbrev=False)
     p.add_argument("--data_config", required=True, help="dataset file: config/dataset/*.yaml")
     p.add_argument("--hp_config", required=True, help="hyper-parameter file: config/hyperparam/*.yaml")
     p.add_argument("--samples", type=int, help="training rows a class at most (default: all)")
@@ -230,7 +290,7 @@ def make_parser(prog, method):
     p.add_argument("--data_dir", default="data", help="where the data lie or are downloaded to (default: data)")
     p.add_argument("--out", default="runs", help="folder of the run folders (default: runs)")
     p.add_argument("--name", help="the run folder's name (default: made of the settings)")
-    p.add_argument("--resume", action="store_true", help="go on with the run of this name, or start it")
+    p.add_argument("--resume", action="store_true", help="go on with what has this name, or start it")
     p.add_argument("--device", default="auto", help="auto (CUDA if there, else CPU), cpu, cuda, cuda:1, ...")
     p.add_argument("--precision", default="auto", help="auto (bf16 on CUDA, fp32 on CPU), fp32, bf16 or fp16")
     if method == "modelzoo":
@@ -241,18 +301,72 @@ def make_parser(prog, method):
         p.add_argument("--naive", action="store_true", help="draw tasks uniformly, not by the zoo's loss")
         p.add_argument("--warm_start", action="store_true", help="before round 0, one learner on all tasks joins")
         p.add_argument("--save_nets", action="store_true", help="keep the networks' weights in the run folder")
-    else:
+    if method == "multihead":
         p.add_argument("--num_tasks", type=int, help="train on the dataset file's first tasks only (default: all)")
+    if method == "hpo":
+        p.add_argument("--objective", default="multihead",
+                       help=f"train multihead (the default), or zoo: a continual zoo of {ZOO_ROUNDS} rounds at most")
+        p.add_argument("--num_samples", type=int, default=81, help="trials (default: 81)")
+        p.add_argument("--max_concurrent", type=int, help="trials at once at most (default: as many as fit)")
+        p.add_argument("--cpus_per_trial", type=float, default=1, help="CPU cores of a trial (default: 1)")
+        p.add_argument("--gpus_per_trial", type=float,
+                       help="GPUs of a trial, 0.25: four share one (default: 1 where there are GPUs, else 0)")
+        p.add_argument("--address", help="a running Ray cluster, HOST:PORT or auto (default: this machine alone)")
     return p
 
 
 def read_settings(prog, method, argv=None):
-    """Read the command line and both files.
+    """Read the command line and both files of a run.
 
     Raises:
         ConfigError: anything missing, unknown, out of range or contradictory.
     """
-    flags = vars(make_parser(prog, method).parse_args(argv))
+    return _make_settings(method, vars(make_parser(prog, method).parse_args(argv)))
+
+
+def read_search(prog, argv=None):
+    """Read the command line and both files of a search.
+
+    Returns:
+        settings: `Settings` of a trial, as they are before the search changes them.
+        search: `Search`.
+
+    Raises:
+        ConfigError: see `read_settings`.
+    """
+    flags = vars(make_parser(prog, "hpo").parse_args(argv))
+    objective = check("--objective", flags["objective"], str, choices=OBJECTIVES)
+    for flag in ("num_samples", "max_concurrent"):
+        if flags[flag] is not None:
+            check(f"--{flag}", flags[flag], int, 1, 10**6)
+    check_shares("trial", flags["cpus_per_trial"], flags["gpus_per_trial"], flags["device"])
+    if flags["name"] is None:
+        flags["name"] = _default_name("hpo" if objective == "multihead" else "hpo-zoo", flags)
+    if objective == "zoo":
+        zoo = {"continual": True, "warm_start": False, "num_rounds": None, "tasks_per_round": None, "replay_frac": None}
+        settings = _make_settings("modelzoo", flags | zoo)
+        settings = replace(settings, num_rounds=min(ZOO_ROUNDS, settings.num_rounds))
+    else:
+        settings = _make_settings("multihead", flags)
+    space = read_space(settings.hp_config)
+    return settings, Search(space=space, **{f.name: flags[f.name] for f in fields(Search) if f.name != "space"})
+
+
+def check_shares(what, cpus, gpus, device):
+    """Refuse shares of a machine that Ray would not grant to a `what` (trial, run), or that contradict `device`."""
+    check(f"--cpus_per_{what}", cpus, float, above=0, high=10**4)
+    for name, share in (("cpus", cpus), ("gpus", gpus or 0.0)):
+        check(f"--{name}_per_{what}", share, float, 0, 10**4)
+        if share > 1 and share != int(share):
+            raise ConfigError(f"--{name}_per_{what}: {share} must be a whole number where it is above 1")
+    if gpus == 0 and device.startswith("cuda"):
+        raise ConfigError(f"--gpus_per_{what} 0 contradicts --device {device}")
+    if gpus and device == "cpu":
+        raise ConfigError(f"--gpus_per_{what} {gpus} contradicts --device cpu")
+
+
+def _make_settings(method, flags):
+    """Check the flags of a command line, read both files and put them together."""
     for flag, low in (("samples", 1), ("epochs", 1), ("num_rounds", 1), ("tasks_per_round", 1), ("num_tasks", 1)):
         if flags.get(flag) is not None:
             check(f"--{flag}", flags[flag], int, low, 10**6)

@@ -54,7 +54,7 @@ def write_file(path, data):
 
 
 @contextlib.contextmanager
-def open_run(folder, settings, resume, hardware):
+def open_run(folder, settings, resume, hardware, inside="learners"):
     """Hold a run folder as its only writer: make it and its config.yaml, or go on with one of the same settings.
 
     Args:
@@ -62,13 +62,14 @@ def open_run(folder, settings, resume, hardware):
         settings: what decides the run, as plain values.
         resume: whether an existing folder is to be gone on with.
         hardware: what the run computes on, in words.
+        inside: name of the folder in it that holds what is trained.
 
     Raises:
         ConfigError: the folder is there and `resume` is not given, it is not a run's, its settings differ, or another
             process is writing it.
         RunError: the folder cannot be written.
     """
-    config, made_here = folder / "config.yaml", {"lock", "learners", ".config.yaml.part"}
+    config, made_here = folder / "config.yaml", {"lock", inside, ".config.yaml.part"}
     try:
         if folder.exists() and not resume:
             raise FileExistsError
@@ -76,7 +77,7 @@ def open_run(folder, settings, resume, hardware):
             raise ConfigError(f"{folder} is not a run folder: it has no config.yaml; take another --name")
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(exist_ok=resume)
-        (folder / "learners").mkdir(exist_ok=True)
+        (folder / inside).mkdir(exist_ok=True)
         lock = open(folder / "lock", "a")  # noqa: SIM115 (closed below)
     except FileExistsError as e:
         message = f"{folder} is there already: --resume goes on with it, --name starts another beside it"

@@ -1,0 +1,298 @@
+"""The search: what a trial may see, what it proposes, what is left of it when it is killed."""
+import csv
+import functools
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import hpo
+import modelzoo
+import multihead
+from datasets.data import DataError, TaskData, hold_out
+from utils.cluster import connect
+from utils.config import SPACE, read_search, read_settings, read_space
+from utils.logger import RunLog
+
+ROOT = Path(__file__).parents[1]
+needs_ray = pytest.mark.skipif(
+    not all(importlib.util.find_spec(name) for name in ("ray", "optuna")),
+    reason="Ray or Optuna is not installed: pip install -r requirements-hpo.txt",
+)
+HYPER = "model: conv\nbatch: 32\nlr: 0.01\nl2_reg: 1e-5\ndropout: 0\nepochs: 2\naugment: false\n"
+
+
+@pytest.fixture(scope="module")
+def local_ray():
+    """One Ray of two cores for all searches of this file: to start it takes longer than to use it."""
+    import ray
+
+    connect(None)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """More threads than free cores make small networks many times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """A dataset of two tasks that a linear rule tells apart, and a hyper-parameter file, in an empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    write_data(Path("data/two.npz"))
+    Path("two.yaml").write_text("dataset: npz\npath: two.npz\ntasks: [[0, 1], [2, 3]]\n")
+    Path("small.yaml").write_text(HYPER)
+    return ["--data_config", "two.yaml", "--hp_config", "small.yaml", "--device", "cpu"]
+
+
+def write_data(path, test_labels=None, test_value=None):
+    """Write 20 training and 5 test images of each of 4 classes; the brighter quarter of an image tells its class."""
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for split, n in (("train", 20), ("test", 5)):
+        labels = np.arange(4).repeat(n)
+        images = rng.integers(0, 100, (4 * n, 24, 24), dtype=np.uint8)
+        for image, label in zip(images, labels, strict=True):
+            image[12 * (label // 2) :, 12 * (label % 2) :][:12, :12] += 100
+        arrays |= {f"{split}_images": images, f"{split}_labels": labels}
+    if test_value is not None:
+        arrays["test_images"][:] = test_value
+    if test_labels is not None:
+        arrays["test_labels"] = test_labels
+    np.savez(path, **arrays)
+
+
+def make_rows(counts):
+    """TaskData whose image of row i is filled with i: counts[t][c] rows of class c of task t."""
+    labels = torch.cat([torch.full((n,), c) for task in counts for c, n in enumerate(task)])
+    starts = (0, *np.cumsum([sum(task) for task in counts]).tolist())
+    images = torch.arange(len(labels), dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 2, 2).clone()
+    return TaskData(images, labels, starts, tuple(map(len, counts)), flip=False)
+
+
+def test_hold_out_takes_each_fifth_row_of_every_class_of_every_task():
+    fit, held = hold_out(make_rows([[10, 5], [4, 11]]))
+    # By hand: task 0 is rows 0-9 and 10-14, task 1 rows 15-18 (fewer than five: the last) and 19-29.
+    assert held.images[:, 0, 0, 0].tolist() == [4, 9, 14, 18, 23, 28]
+    assert held.labels.tolist() == [0, 0, 1, 0, 1, 1]
+    assert (held.starts, fit.starts) == ((0, 3, 6), (0, 12, 24))
+    rows = torch.cat([fit.images, held.images])[:, 0, 0, 0].sort().values
+    assert rows.tolist() == list(range(30))
+
+
+def test_hold_out_refuses_a_class_of_one_row():
+    with pytest.raises(DataError, match="class 1 of task 0 has a single training row"):
+        hold_out(make_rows([[10, 1]]))
+
+
+def test_a_label_of_two_tasks_holds_out_the_same_rows():
+    one = make_rows([[12, 9]])
+    both = replace(one, images=one.images.repeat(2, 1, 1, 1), labels=one.labels.repeat(2), starts=(0, 21, 42),
+                   classes=(2, 2))  # fmt: skip
+    fit, held = hold_out(both)
+    seen = [set(part.images[part.rows(t), 0, 0, 0].tolist()) for part in (fit, held) for t in (0, 1)]
+    assert seen[0] == seen[1] and seen[2] == seen[3] and not seen[0] & seen[2]
+
+
+def prepare_search(argv):
+    """Settings of a trial, and the rows that it may see."""
+    settings, _ = read_search("hpo.py", argv)
+    return settings, *hold_out(multihead.prepare(settings)[2])
+
+
+def test_predicting_between_epochs_leaves_the_training_as_it_was(files):
+    settings, fit, held = prepare_search(files)
+    tasks, rows = [0, 1], [fit.rows(0), fit.rows(1)]
+
+    def weights(disturb):
+        for net, _, _ in multihead.train_epochs(settings, "fp32", fit, tasks, rows, 0):
+            if disturb:
+                multihead.predict_logits(net, held.images, held.rows(0), 0, 2, "fp32")
+        return net.state_dict()
+
+    alone, disturbed = weights(False), weights(True)
+    assert alone.keys() == disturbed.keys() and all(torch.equal(alone[k], disturbed[k]) for k in alone)
+
+
+def test_the_last_score_is_the_learners_accuracy_on_the_held_out_rows(files, tmp_path):
+    settings, fit, held = prepare_search(files)
+    tasks, rows = [0, 1], [fit.rows(0), fit.rows(1)]
+    scores = list(hpo.score_epochs(settings, "fp32", fit, held))
+    with RunLog(tmp_path, 1, 1) as log:
+        learner = multihead.train_learner(settings, "fp32", fit, held, tasks, rows, rows, 0, log)
+    right = [(learner.test_logits[t].argmax(1) == held.labels[held.rows(t)]).double().mean().item() for t in tasks]
+    assert len(scores) == settings.epochs == 2
+    assert scores[-1] == sum(right) / 2
+
+
+def test_a_zoos_scores_are_those_of_one_that_grows_in_one_go(files, tmp_path):
+    settings, fit, held = prepare_search([*files, "--objective", "zoo"])
+    assert (settings.method, settings.continual, settings.num_rounds) == ("modelzoo", True, 2)
+    (tmp_path / "zoo" / "learners").mkdir(parents=True)
+    matrix, _, _ = modelzoo.grow_zoo(settings, "fp32", fit, held, tmp_path / "zoo")
+    assert list(hpo.score_rounds(settings, "fp32", fit, held)) == [matrix[0][0], sum(matrix[1]) / 2]
+
+
+def test_defaults(files):
+    settings, search = read_search("hpo.py", files)
+    assert search.space == SPACE == {
+        "batch": ("choice", (8, 16, 32, 128)), "lr": ("log", (1e-4, 1e-1)), "l2_reg": ("log", (1e-6, 1e-2)),
+        "dropout": ("uniform", (0.1, 0.5)),
+    }  # fmt: skip
+    assert (search.num_samples, search.objective, search.cpus_per_trial, search.address) == (81, "multihead", 1, None)
+    assert settings.name == "two-small-hpo-seed=0"
+
+
+def test_the_search_section_takes_the_place_of_the_keys_it_names(files):
+    Path("small.yaml").write_text(HYPER + "search:\n  lr: {uniform: [0.01, 0.1]}\n  batch: {choice: [4]}\n")
+    assert read_space("small.yaml") == SPACE | {"lr": ("uniform", (0.01, 0.1)), "batch": ("choice", (4,))}
+    assert read_settings("multihead.py", "multihead", files).lr == 0.01  # other scripts do not mind it
+
+
+@pytest.mark.parametrize(
+    ("section", "line"),
+    [
+        ("search: 3", "small.yaml: search: must hold keys"),
+        ("search: {rate: {log: [1, 2]}}", "small.yaml: search: unknown key rate"),
+        ("search: {lr: 0.1}", "small.yaml: search: lr: must hold one of choice, log, uniform"),
+        ("search: {batch: {log: [1, 2]}}", "small.yaml: search: batch: must hold one of choice"),
+        ("search: {lr: {log: [0.1]}}", "small.yaml: search: lr: log: must be a list of two ends"),
+        ("search: {lr: {log: [0.1, 0.01]}}", "small.yaml: search: lr: log: 0.1 must be below 0.01"),
+        ("search: {l2_reg: {log: [0, 0.01]}}", "small.yaml: search: l2_reg: log: 0 has no logarithm"),
+        ("search: {dropout: {uniform: [0.1, 1]}}", "small.yaml: search: dropout: uniform: 1.0 must be"),
+        ("search: {batch: {choice: [8, many]}}", "small.yaml: search: batch: choice: 'many' is not a whole number"),
+    ],
+)
+def test_mistakes_in_the_search_section_are_one_line_of_every_script(files, capsys, section, line):
+    Path("small.yaml").write_text(HYPER + section + "\n")
+    for main in (hpo.main, functools.partial(multihead.command, "multihead.py", "multihead", multihead.run)):
+        assert main(files) == 2
+        out, err = capsys.readouterr()
+        assert line in err and err.count("\n") == 1 and not out
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--objective", "loss"], "--objective: 'loss' is not one of multihead, zoo"),
+        (["--num_samples", "0"], "--num_samples: 0 must be at least 1"),
+        (["--cpus_per_trial", "1.5"], "--cpus_per_trial: 1.5 must be a whole number where it is above 1"),
+        (["--gpus_per_trial", "0.5"], "--gpus_per_trial 0.5 contradicts --device cpu"),
+        (["--samples", "1"], "a single training row"),
+    ],
+)
+def test_mistakes_in_flags_are_one_line_and_leave_nothing(files, capsys, flags, line):
+    assert hpo.main([*files, *flags]) == 2
+    out, err = capsys.readouterr()
+    assert line in err and err.count("\n") == 1 and not out
+    assert not Path("runs").exists() and not Path("config").exists()
+
+
+@pytest.mark.parametrize("package", ["ray", "optuna"])
+def test_without_ray_or_optuna_one_line_says_how_to_install_it(files, capsys, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert hpo.main(files) == 2
+    err = capsys.readouterr().err
+    assert "is not installed; install it by: pip install -r requirements-hpo.txt" in err
+    assert err.count("\n") == 1 and not Path("runs").exists()
+
+
+def search(files, name, *flags):
+    """Run a search of two trials, one after the other; return the rows of its table of trials."""
+    assert hpo.main([*files, "--name", name, "--num_samples", "2", "--max_concurrent", "1", *flags]) == 0
+    with open(f"runs/{name}/trials.csv", encoding="utf-8") as file:
+        return sorted(csv.DictReader(file), key=lambda row: row["lr"])
+
+
+def found(rows, *keys):
+    """The columns of a table of trials that the same search gives again."""
+    return [[row[key] for key in keys or ("score", "length", *SPACE)] for row in rows]
+
+
+@needs_ray
+def test_a_search_writes_settings_that_the_other_scripts_read(files, local_ray, capsys):
+    rows = search(files, "first")
+    out = capsys.readouterr().out
+    assert len(rows) == 2 and all(0 <= float(row["score"]) <= 1 and row["length"] in "12" for row in rows)
+    best = max((row for row in rows if row["length"] == "2"), key=lambda row: float(row["score"]))
+    written = Path("config/hyperparam/first.yaml")
+    settings = read_settings("modelzoo.py", "modelzoo", [*files, "--hp_config", str(written)])
+    assert (settings.model, settings.epochs, settings.augment) == ("conv", 2, False)
+    assert [str(getattr(settings, key)) for key in SPACE] == [best[key] for key in SPACE]
+    head = written.read_text().split("model:")[0].splitlines()
+    assert "--name first" in head[0] and f"Score: {100 * float(best['score']):.2f} %" in head[1]
+    assert "two.yaml, 64 rows to train on, 16 held out" in head[2] and head[3].startswith("# Date: 20")
+    assert "best score" in out and "Trial" not in out  # the table, without Ray's own progress
+
+    assert hpo.main([*files, "--name", "first"]) == 2
+    assert "--resume goes on with it" in capsys.readouterr().err
+    assert hpo.main([*files, "--name", "first", "--resume"]) == 2
+    assert "was run with num_samples 2, not 81" in capsys.readouterr().err
+    Path("config/hyperparam/mine.yaml").write_text(HYPER)
+    assert hpo.main([*files, "--name", "mine"]) == 2
+    assert "mine.yaml is there already" in capsys.readouterr().err
+    assert Path("config/hyperparam/mine.yaml").read_text() == HYPER
+
+
+@needs_ray
+def test_no_test_row_reaches_a_trial_and_a_seed_proposes_the_same(files, local_ray):
+    """The second search differs in its test rows alone; if a trial read one, its score would differ as well."""
+    clean = search(files, "clean")
+    write_data(Path("data/two.npz"), test_labels=np.arange(20) % 4, test_value=255)
+    assert found(search(files, "poisoned")) == found(clean)
+    other = search(files, "other", "--seed", "1")
+    assert not set(map(tuple, found(other, "lr", "dropout"))) & set(map(tuple, found(clean, "lr", "dropout")))
+
+
+def test_the_rows_of_a_search_are_training_rows(files):
+    write_data(Path("data/two.npz"), test_value=255)
+    _, fit, held = prepare_search(files)
+    rows = torch.cat([fit.images, held.images])
+    assert len(rows) == 80 and not (rows == 255).any()
+
+
+@needs_ray
+def test_a_trial_that_cannot_be_trained_scores_nothing_and_the_search_goes_on(files, local_ray, capsys):
+    Path("small.yaml").write_text(HYPER + "search: {lr: {choice: [1e30]}}\n")
+    argv = [*files, "--name", "wild", "--num_samples", "1"]
+    assert hpo.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert "no trial could be trained" in err and "the training loss is" in err and err.count("\n") == 1
+    assert not Path("config").exists() and len(Path("runs/wild/trials.csv").read_text().splitlines()) == 2
+
+
+@needs_ray
+def test_a_killed_search_goes_on(files):
+    command = [sys.executable, str(ROOT / "hpo.py"), *files, "--name", "killed", "--num_samples", "5",
+               "--max_concurrent", "1"]  # fmt: skip
+    environment = os.environ | {"TUNE_GLOBAL_CHECKPOINT_S": "0.1"}  # Tune's own pace is ten seconds
+    trials = Path("runs/killed/trials")
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        until = time.monotonic() + 60
+        while len(list(trials.glob("trial_*/result.json"))) < 2 and time.monotonic() < until:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+    before = {path.parent.name: path.read_text() for path in trials.glob("trial_*/result.json")}
+    assert 2 <= len(before) < 5 and not Path("config").exists()
+    subprocess.run([*command, "--resume"], env=environment, check=True, stdout=subprocess.DEVNULL)
+    with open("runs/killed/trials.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 5 == len({row["trial"] for row in rows}) and Path("config/hyperparam/killed.yaml").exists()
+    kept = [name for name, text in before.items() if (trials / name / "result.json").read_text() == text]
+    assert len(kept) >= 1  # the trials that were done are not made again

@@ -1,0 +1,70 @@
+"""Ray, on this machine or on a running cluster: it schedules, retries and ships; nothing here does."""
+import logging
+import os
+import warnings
+from pathlib import Path
+
+from utils.config import ConfigError
+
+ROOT = Path(__file__).parents[1]
+
+
+def connect(address):
+    """Start Ray on this machine's cores, or join the cluster at `address` (HOST:PORT or auto).
+
+    Everything that Ray imports or starts must come after this call.
+
+    Raises:
+        ConfigError: Ray or Optuna is not installed, or no cluster answers at `address`.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a search tells nobody that it was made
+    # All runs of a node read one copy of a data set. Ray warns that nobody may write to it, which nothing here does.
+    os.environ["RAY_ENABLE_ZERO_COPY_TORCH_TENSORS"] = "1"
+    try:
+        import optuna
+        import ray
+        from ray._private.tensor_serialization_utils import ZeroCopyTensorsWarning
+    except ImportError as e:
+        raise ConfigError(f"{e.name} is not installed; install it by: pip install -r requirements-hpo.txt") from e
+    warnings.filterwarnings("ignore", category=ZeroCopyTensorsWarning)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if ray.is_initialized():
+        return
+    # Workers import this code from here, whatever folder they start in.
+    code = {"env_vars": {"PYTHONPATH": os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split()])}}
+    alone = {} if address else {"include_dashboard": False}
+    try:
+        ray.init(address or "local", runtime_env=code, log_to_driver=False, logging_level=logging.ERROR, **alone)
+    except (ConnectionError, ValueError, RuntimeError) as e:
+        raise ConfigError(f"--address: no Ray cluster answers at {address} ({' '.join(str(e).split())[:120]})") from e
+
+
+def share_out(what, cpus, gpus, device):
+    """What one `what` (trial, run) gets of the cluster, and how many fit into it at once.
+
+    Args:
+        cpus: CPU cores of one.
+        gpus: GPUs of one, or a share of one; None: one where the cluster has any and `device` may be one.
+        device: as --device.
+
+    Returns:
+        resources: dict(num_cpus, num_gpus).
+        device: `device`, which is cpu where auto gets no GPU.
+        slots: how many fit.
+
+    Raises:
+        ConfigError: none fits.
+    """
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if gpus is None:
+        gpus = float(device != "cpu" and any(node.get("GPU") for node in nodes))
+    if gpus == 0 and device.startswith("cuda"):
+        raise ConfigError(f"--device: {device} is not there: Ray sees no GPU")
+    slots = sum(int(min(node.get("CPU", 0) / cpus, node.get("GPU", 0) / gpus if gpus else 1e9)) for node in nodes)
+    if slots == 0:
+        most = [max(node.get(resource, 0) for node in nodes) for resource in ("CPU", "GPU")]
+        raise ConfigError(f"--cpus_per_{what} {cpus:g}, --gpus_per_{what} {gpus:g}: no node has as much; "
+                          f"the largest have {most[0]:g} and {most[1]:g}")  # fmt: skip
+    return {"num_cpus": cpus, "num_gpus": gpus}, "cpu" if device == "auto" and not gpus else device, slots
