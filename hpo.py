@@ -22,8 +22,8 @@ import yaml
 from rich import box
 from rich.table import Table
 
-from datasets.data import DataError, hold_out
-from multihead import prepare, train_epochs
+from datasets.data import hold_out
+from multihead import guard, prepare, train_epochs
 from utils import metrics
 from utils.cluster import connect, share_out
 from utils.config import ConfigError, load_yaml, read_search
@@ -221,15 +221,11 @@ def main(argv=None):
     """Run the command and return its exit status: 2, after one line, where the user must mend something."""
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # with it an interrupted search looks like a finished one
     argv = sys.argv[1:] if argv is None else argv
-    try:
+
+    def work():
         run(*read_search("hpo.py", argv), argv)
-    except (ConfigError, DataError, RunError) as e:
-        print(f"hpo.py: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("hpo.py: stopped; --resume goes on with it", file=sys.stderr)
-        return 130
-    return 0
+
+    return guard("hpo.py", work)
 
 
 if __name__ == "__main__":

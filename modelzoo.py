@@ -134,7 +134,7 @@ def replay_repeats(num_tasks, replay_frac):
 def run(settings, loaded=None):
     """Grow a zoo in its run folder and return its result; `loaded` is as for `build_dataset`."""
     device, precision, train, test = prepare(settings, loaded)
-    with open_folder(settings, device, precision, test) as folder:
+    with open_folder(settings, device, precision, train, test) as folder:
         return finish(settings, device, precision, *grow_zoo(settings, precision, train, test, folder))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from datasets.build_dataset import build_dataset
-from datasets.data import DataError
+from datasets.data import DataError, checksum
 from net.build_net import build_net, set_dropout_generator
 from utils import metrics
 from utils.config import ConfigError, read_settings
@@ -21,6 +21,7 @@ from utils.logger import (
     RunError,
     RunLog,
     describe_hardware,
+    load_tensors,
     load_whole,
     open_run,
     print_result,
@@ -135,7 +136,9 @@ def train_learner(settings, precision, train, test, tasks, rows, seen, round, lo
         RunError: the training loss or a logit is not finite, or the disk refuses.
     """
     saved = load_whole(checkpoint, "cpu", log) if checkpoint else None
-    if saved is not None and not (isinstance(saved, dict) and saved.get("tasks") == list(tasks)):
+    kinds = {"tasks": list, "epoch": int, "seconds": float, "snapshot": dict}
+    whole = isinstance(saved, dict) and all(isinstance(saved.get(key), kind) for key, kind in kinds.items())
+    if saved is not None and not (whole and saved["tasks"] == list(tasks) and 0 < saved["epoch"] < settings.epochs):
         set_aside(checkpoint, "not of this run", log)
         saved = None
     first, seconds, start = (saved[key] for key in ("epoch", "seconds", "snapshot")) if saved else (0, 0.0, None)
@@ -222,7 +225,9 @@ def load_learner(path, train, test, tasks, seen, log):
     try:
         learner = make_learner(saved)
         found = {key: [tuple(x.shape) for x in getattr(learner, key) if x.dtype == torch.float32] for key in shapes}
-        if learner.tasks == tuple(tasks) and found == shapes:
+        finite = all(torch.isfinite(x).all() for key in shapes for x in getattr(learner, key))
+        counted = all(isinstance(getattr(learner, key), (int, float)) for key in COST)
+        if learner.tasks == tuple(tasks) and found == shapes and finite and counted:
             return learner
     except (KeyError, TypeError, ValueError, AttributeError):
         pass  # a file of another program
@@ -254,16 +259,20 @@ def prepare(settings, loaded=None):
 
 
 @contextlib.contextmanager
-def open_folder(settings, device, precision, test):
+def open_folder(settings, device, precision, train, test):
     """Hold the run folder as its only writer, and yield its path.
 
-    The test labels lie in it, so that a new metric, or an ensemble of runs, needs run folders alone.
+    The test labels lie in it, so that a new metric, or an ensemble of runs, needs run folders alone; and a checksum of
+    the data, so that a run is never gone on with on others.
     """
     folder = Path(settings.out) / settings.name
-    with open_run(folder, record(settings, device, precision), settings.resume, describe_hardware(device)):
-        labels = folder / "test_labels.pt"
-        if not labels.exists():
-            save_tensors(labels, [test.labels[test.rows(t)].cpu() for t in range(len(settings.tasks))])
+    about = record(settings, device, precision) | {"data": checksum(train, test)}
+    with open_run(folder, about, settings.resume, describe_hardware(device)):
+        labels = [test.labels[test.rows(t)].cpu() for t in range(len(settings.tasks))]
+        try:
+            load_tensors(folder / "test_labels.pt", "cpu")
+        except (FileNotFoundError, ValueError):  # not yet there, or damaged
+            save_tensors(folder / "test_labels.pt", labels)
         yield folder
 
 
@@ -300,7 +309,7 @@ def run(settings, loaded=None):
     tasks = list(range(len(settings.tasks)))
     rows = [train.rows(t) for t in tasks]
     work = settings.epochs * len(train.labels)
-    with open_folder(settings, device, precision, test) as folder, RunLog(folder, 1, work) as log:
+    with open_folder(settings, device, precision, train, test) as folder, RunLog(folder, 1, work) as log:
         learner = train_or_load(settings, precision, train, test, tasks, rows, rows, 0, folder, log)
         accuracy = [metrics.accuracy(learner.test_logits[t], test.labels[test.rows(t)]) for t in tasks]
         log_probs = [F.log_softmax(logits.double(), dim=1) for logits in learner.train_logits]
@@ -316,36 +325,45 @@ class Stopped(BaseException):
 
 def _stop(number, _):
     for signal_number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signal_number, signal.SIG_IGN)  # once is enough
+        signal.signal(signal_number, signal.SIG_DFL)  # a second one ends the process whatever it does
     raise Stopped(number)
 
 
-def command(prog, method, run, argv=None):
-    """Run one command and return its exit status.
+def guard(prog, work):
+    """Do `work`, a function without arguments, and return the exit status.
 
-    2, after one line, where the user must mend something; 128 + n after signal n, which loses at most the learner in
-    training.
+    What it returns, or 0; 2, after one line, where the user must mend something; 128 + n after signal n, which loses at
+    most the learner in training.
     """
     before = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        settings = read_settings(prog, method, argv)
-        run(settings)
+        return work() or 0
     except (ConfigError, DataError, RunError) as e:
-        # File and class names may hold line ends and worse.
-        line = "".join(c if c.isprintable() else " " for c in f"{prog}: {e}")
-        print(line, file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError:
-        print(f"{prog}: {settings.device} has too little memory for batch {settings.batch}; try less", file=sys.stderr)
-        return 2
+        line, status = str(e), 2
+    except OSError as e:
+        line, status = f"{e.filename or 'output'}: cannot be read or written ({e.strerror})", 2
     except Stopped as e:
         number = signal.Signals(e.args[0])
-        print(f"{prog}: stopped by {number.name}; the same command with --resume goes on", file=sys.stderr)
-        return 128 + number
+        line, status = f"stopped by {number.name}; the same command with --resume goes on", 128 + number
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return 0
+    # File and class names may hold line ends and worse.
+    print("".join(c if c.isprintable() else " " for c in f"{prog}: {line}"), file=sys.stderr)
+    return status
+
+
+def command(prog, method, run, argv=None):
+    """Read the settings of one command, run it, and return the exit status as `guard` does."""
+
+    def work():
+        settings = read_settings(prog, method, argv)
+        try:
+            run(settings)
+        except torch.OutOfMemoryError as e:
+            raise RunError(f"{settings.device}: too little memory with batch {settings.batch}; try less") from e
+
+    return guard(prog, work)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Tasks as tensors: uint8 rows sorted by task; a subset is an index."""
 import contextlib
+import hashlib
 import io
 import itertools
 import os
@@ -53,26 +54,32 @@ def make_tasks(images, labels, tasks, flip, samples=None, noisy_from=None, gener
         samples: rows a class at most, chosen at random (None: all). The choice goes by label: a label that
             stands in two tasks brings the same rows to both.
         noisy_from: rows whose source label is this or higher get a label drawn uniformly from their task's.
-        generator: of the random choices; needed with `samples` or `noisy_from`.
+        generator: its seed decides the random choices; needed with `samples` or `noisy_from`.
 
     Raises:
         DataError: a label has no rows.
     """
+
+    def derive(*key):
+        """A generator for one choice alone, so that it does not depend on which others are made."""
+        digest = hashlib.sha256(repr((generator.initial_seed(), *key)).encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
     rows_of = {}
     for label in sorted({label for task in tasks for label in task}):
         rows = (labels == label).nonzero().squeeze(1)
         if len(rows) == 0:
             raise DataError(f"label {label} has no rows")
         if samples is not None and len(rows) > samples:
-            rows = rows[torch.randperm(len(rows), generator=generator)[:samples].sort().values]
+            rows = rows[torch.randperm(len(rows), generator=derive("samples", label))[:samples].sort().values]
         rows_of[label] = rows
     rows, targets, starts = [], [], [0]
-    for task in tasks:
+    for t, task in enumerate(tasks):
         for c, label in enumerate(task):
             n = len(rows_of[label])
             rows.append(rows_of[label])
             if noisy_from is not None and label >= noisy_from:
-                targets.append(torch.randint(len(task), (n,), generator=generator))
+                targets.append(torch.randint(len(task), (n,), generator=derive("noise", t, label)))
             else:
                 targets.append(torch.full((n,), c))
         starts.append(sum(map(len, rows)))
@@ -133,15 +140,21 @@ def load_npz(path, shape=None, num_labels=None):
             missing = [key for key in keys if key not in file]
             if missing:
                 raise DataError(f"{path}: no array {missing[0]}; an npz file holds {', '.join(keys)}")
-            arrays = [file[key] for key in keys]
+            arrays = {key: file[key] for key in keys}
     except FileNotFoundError as e:
         raise DataError(f"{path}: no such file") from e
     except DataError:
         raise
     except Exception as e:  # numpy and zipfile raise nearly anything on a damaged file
         raise DataError(f"{path}: not a whole .npz file ({' '.join(str(e).split())[:120]})") from e
+    return _make_splits(path, arrays, shape, num_labels)
+
+
+def _make_splits(path, arrays, shape, num_labels):
+    """Check the four arrays of an npz file and turn them into what `load_npz` returns."""
     splits = []
-    for split, images, labels in (("train", *arrays[:2]), ("test", *arrays[2:])):
+    for split in ("train", "test"):
+        images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
         if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[3:] not in ((), (1,), (3,)):
             raise DataError(f"{path}: {split}_images must be uint8 [N, H, W] or [N, H, W, 1 or 3], "
                             f"not {images.dtype} {list(images.shape)}")
@@ -185,7 +198,7 @@ def load_or_download(name, torchvision_class, files, data_dir, shape, num_labels
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             sets = [make(data_dir, train=train, download=True) for train in (True, False)]
-    except (OSError, RuntimeError, EOFError, ValueError) as e:
+    except Exception as e:  # torchvision raises nearly anything where a file is damaged or the network is away
         raise DataError(
             f"{name}: no data: looked for {cache} and for torchvision's files in {Path(data_dir) / files}, and the "
             f"download failed ({' '.join(str(e).split())[:80]}); connect this machine to the network, or put either "
@@ -195,12 +208,22 @@ def load_or_download(name, torchvision_class, files, data_dir, shape, num_labels
     for split, data in zip(("train", "test"), sets, strict=True):
         arrays[f"{split}_images"] = np.asarray(data.data)
         arrays[f"{split}_labels"] = np.asarray(data.targets, np.uint8)
+    splits = _make_splits(cache, arrays, shape, num_labels)
     part = cache.with_suffix(f".{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
             np.savez(file, **arrays)
         os.replace(part, cache)
-    except OSError as e:
-        part.unlink(missing_ok=True)
-        raise DataError(f"{cache}: cannot be written ({e.strerror})") from e
-    return load_npz(cache, shape, num_labels)
+    except OSError:  # a shared folder that is read-only: the files that were read stay what is read
+        with contextlib.suppress(OSError):
+            part.unlink()
+    return splits
+
+
+def checksum(train, test):
+    """A text that tells whether two runs had the same rows, labels and tasks."""
+    digest = hashlib.sha256(repr([(d.starts, d.classes, d.flip, list(d.images.shape)) for d in (train, test)]).encode())
+    for data in (train, test):
+        digest.update(data.images.cpu().numpy())
+        digest.update(data.labels.cpu().numpy())
+    return digest.hexdigest()[:16]

@@ -50,6 +50,8 @@ def _load_split(folder, label_of, size):
         for file in files:
             try:
                 with Image.open(file) as image:
+                    if image.mode.startswith(("I", "F")):
+                        raise ValueError(f"its pixels are of mode {image.mode}; 8 bits a channel are needed")
                     image = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
             except Exception as e:  # Pillow's readers raise nearly anything on a damaged file
                 raise DataError(f"{file}: not a readable image ({' '.join(str(e).split())[:120]})") from e

@@ -63,7 +63,10 @@ def load_cache(path, num_classes):
         raise DataError(f"{path}: class_dict must hold {num_classes} classes")
     classes = []
     for name in sorted(class_dict, key=str):
-        rows = np.asarray(class_dict[name])
+        try:
+            rows = np.asarray(class_dict[name])
+        except ValueError:  # lists of different lengths
+            rows = np.empty(0)
         whole = rows.ndim == 1 and rows.dtype.kind in "iu" and len(rows) >= 2
         if not whole or rows.min() < 0 or rows.max() >= len(images):
             raise DataError(f"{path}: class_dict: {str(name)[:40]} must list rows of image_data, at least two")

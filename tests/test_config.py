@@ -90,6 +90,7 @@ def test_hyperparameter_files(workspace, capsys, changes, message):
     ({"dataset": "mnist", "tasks": [[0, True]]}, "label: True is not a whole number"),
     ({"dataset": "mnist", "tasks": TASKS, "names": ["a"]}, "names: must be a list of 3 names"),
     ({"dataset": "mnist", "tasks": TASKS, "names": ["a", "b", 3]}, "name 2: 3 is not a text"),
+    ({"dataset": "mnist", "tasks": TASKS, "names": ["a", "b", "\x1b[31m"]}, "cannot be printed on one line"),
     ([1, 2], "must hold keys and values"),
 ])  # fmt: skip
 def test_dataset_files(workspace, capsys, content, message):
@@ -131,6 +132,8 @@ def test_yaml_that_is_not_text(workspace, capsys):
     (["--seed", "9" * 20], "--seed: "),
     (["--device", "gpu"], "--device: 'gpu' is not one of auto, cpu, cuda"),
     (["--device", "cuda:99"], "--device: cuda:99 is not there"),
+    (["--device", "cuda:00"], "--device: 'cuda:00' is not one of"),
+    (["--device", "cuda:٣"], "is not one of auto, cpu, cuda"),
     (["--precision", "fp8"], "--precision: 'fp8' is not one of auto, fp32, bf16, fp16"),
     (["--precision", "fp16", "--device", "cpu"], "--precision: fp16 needs a CUDA device"),
     (["--name", "../x"], "--name: '../x' is not a plain folder name"),
@@ -140,7 +143,8 @@ def test_yaml_that_is_not_text(workspace, capsys):
     (["--num_rounds", "0"], "--num_rounds: 0 must be at least 1"),
     (["--num_rounds", "4", "--continual"], "--num_rounds: 4 must be at most 3, the number of tasks, with --continual"),
     (["--tasks_per_round", "0"], "--tasks_per_round: 0 must be at least 1"),
-    (["--replay_frac", "0", "--continual"], "--replay_frac: 0.0 must be above 0 and at most 1"),
+    (["--replay_frac", "0", "--continual"], "--replay_frac: 0.0 must be at least 1e-06 and at most 1"),
+    (["--replay_frac", "1e-12", "--continual"], "--replay_frac: 1e-12 must be at least"),
     (["--replay_frac", "1.1", "--continual"], "--replay_frac: 1.1 must be"),
     (["--replay_frac", "nan", "--continual"], "--replay_frac: nan must be"),
     (["--replay_frac", "0.5"], "--replay_frac below 1 needs --continual"),
@@ -202,8 +206,12 @@ def test_defaults_of_the_rounds(workspace):
 
 
 def test_numbers_in_yaml_as_people_write_them(tmp_path):
-    (tmp_path / "a.yaml").write_text("a: 1e-5\nb: 1E3\nc: -2.5e+2\nd: .5\ne: 12\nf: 1e5x\n")
-    assert load_yaml(tmp_path / "a.yaml") == {"a": 1e-5, "b": 1000.0, "c": -250.0, "d": 0.5, "e": 12, "f": "1e5x"}
+    (tmp_path / "a.yaml").write_text("a: 1e-5\nb: 1E3\nc: -2.5e+2\nd: .5\ne: 12\nf: 1e5x\ng: 0\nh: 0.010\ni: 3.\n")
+    expected = {"a": 1e-5, "b": 1000.0, "c": -250.0, "d": 0.5, "e": 12, "f": "1e5x", "g": 0, "h": 0.01, "i": 3.0}
+    assert load_yaml(tmp_path / "a.yaml") == expected
+    # YAML 1.1 would take these for 8, 90, 15 and 1000: found by review.
+    (tmp_path / "a.yaml").write_text("a: 010\nb: 1:30\nc: 0xf\nd: 1_000\n")
+    assert load_yaml(tmp_path / "a.yaml") == {"a": "010", "b": "1:30", "c": "0xf", "d": "1_000"}
 
 
 @pytest.mark.parametrize("file", sorted(CONFIG.glob("dataset/*.yaml")), ids=lambda f: f.stem)

@@ -42,6 +42,9 @@ def test_samples_are_per_class_fixed_by_the_seed_and_shared_by_tasks():
     assert make[0].images.equal(make[1].images) and not make[0].images.equal(make[2].images)
     assert make[0].images[5:10].equal(make[0].images[10:15])  # label 1 in both tasks
     assert len(make_tasks(numbered(labels), labels, [(0, 1)], False, 99, None, generator()).labels) == 40
+    # Which rows a label brings does not depend on the other labels: found by review, with --num_tasks.
+    alone = make_tasks(numbered(labels), labels, [(1, 2)], False, 5, None, generator())
+    assert alone.images.equal(make[0].images[10:])
 
 
 def test_label_without_rows_is_refused():
@@ -278,3 +281,49 @@ def test_odd_class_names_stay_on_one_line(folder, capsys):
     assert multihead.command("x", "modelzoo", multihead.prepare, argv) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "no class a" in err and "\x1b" not in err
+
+
+def test_images_of_more_than_8_bits_are_refused(folder):
+    """Found by review: all became white."""
+    Image.fromarray(np.full((9, 9), 1000, np.uint16)).save(folder / "pets/train/ant/9.png")
+    with pytest.raises(DataError, match="9.png: not a readable image .its pixels are of mode I;16"):
+        build_dataset("image_folder", [(0, 1)], folder, generator(), path="pets", size=24)
+
+
+@pytest.mark.parametrize("path", ["a\0b", "x" * 5000, "loop"])
+def test_paths_that_no_file_has_are_refused(folder, path):
+    (folder / "loop").symlink_to(folder / "loop")
+    for dataset in ("npz", "image_folder"):
+        with pytest.raises(DataError):
+            build_dataset(dataset, [(0, 1)], folder, generator(), path=path, size=24)
+
+
+def test_cache_with_lists_of_different_lengths_is_refused(tmp_path):
+    images = np.zeros((4, 84, 84, 3), np.uint8)
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"image_data": images, "class_dict": {"a": [[0], [1, 2]]}}))
+    with pytest.raises(DataError, match="must list rows"):
+        mini_imagenet.load_cache(tmp_path / "a.pkl", 1)
+
+
+def test_torchvisions_files_are_read_and_leave_a_cache_where_they_may(tmp_path, monkeypatch):
+    """On a folder that cannot be written the rows are the same, without a cache."""
+    arrays = make_arrays(classes=10, size=32, channels=3)
+
+    class Fake:
+        def __init__(self, root, train, download):
+            split = "train" if train else "test"
+            self.data, self.targets = arrays[f"{split}_images"], arrays[f"{split}_labels"].tolist()
+
+    import torchvision
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", Fake)
+    monkeypatch.setattr(np, "savez", lambda *_, **__: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
+    first = build_dataset("cifar10", [(0, 1)], tmp_path, generator())
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", Fake)
+    second = build_dataset("cifar10", [(0, 1)], tmp_path, generator())
+    assert [p.name for p in tmp_path.iterdir()] == ["cifar10.npz"]
+    monkeypatch.undo()
+    third = build_dataset("cifar10", [(0, 1)], tmp_path, generator())
+    assert all(a.images.equal(first[0].images) and a.labels.equal(first[0].labels) for a, _ in (second, third))

@@ -4,9 +4,10 @@ import sys
 
 import pytest
 
+import multihead
 from tests.test_report import make_run, make_seeds
 from tools import plot
-from tools.runs import command, group_runs, read_run
+from tools.runs import group_runs, read_run
 
 colors = pytest.importorskip("matplotlib.colors")
 
@@ -15,7 +16,7 @@ MAGIC = {"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}
 
 def plot_of(*arguments):
     """Exit status of plot.py."""
-    return command("plot.py", lambda: plot.main([str(a) for a in arguments]))
+    return multihead.guard("plot.py", lambda: plot.main([str(a) for a in arguments]))
 
 
 def figure_of(kind, folders):

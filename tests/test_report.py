@@ -14,7 +14,7 @@ from scipy import stats
 import multihead
 from tools import report
 from tools.report import find_outlier, measure, summarise
-from tools.runs import command, group_runs, printable, read_run
+from tools.runs import group_runs, printable, read_run
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -55,7 +55,7 @@ def make_seeds(tmp_path, name, finals, **config):
 
 def report_of(*arguments):
     """Exit status of report.py."""
-    return command("report.py", lambda: report.main([str(a) for a in arguments]))
+    return multihead.guard("report.py", lambda: report.main([str(a) for a in arguments]))
 
 
 def assert_one_line(capsys, message):

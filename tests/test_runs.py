@@ -66,7 +66,8 @@ def test_continual_run_folder(workspace):
     assert [y.tolist() for y in labels] == [[0] * 5 + [1] * 5] * 3
 
     about = yaml.safe_load((folder / "config.yaml").read_text())
-    assert about["settings"] == result["config"] and about["versions"] == result["versions"] and about["hardware"]
+    assert about["settings"].pop("data") and about["settings"] == result["config"]
+    assert about["versions"] == result["versions"] and about["hardware"]
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [(x["round"], x.get("epoch")) for x in lines] == [(k, e) for k in range(3) for e in (0, 1, None)]
     assert {"train_loss", "train_accuracy", "lr", "seconds"} < set(lines[0])
@@ -292,3 +293,40 @@ def test_readme_commands_are_understood(monkeypatch):
             # What hpo.py writes is not there before it ran.
             words = [word.replace("my_digits.yaml", "small.yaml") for word in words]
             assert read_settings(words[1], method, words[2:]).method == method
+
+
+def test_output_that_nobody_reads_does_not_end_the_run(workspace):
+    """Found by review: `| head -1` killed the training without a word."""
+    command = [sys.executable, "modelzoo.py", *flags(workspace, "--continual", "--name", "a")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.wait(120) == 0 and process.stderr.read() == b""
+    process.stderr.close()
+    assert (workspace / "runs/a/result.json").exists()
+
+
+def test_output_that_cannot_be_written_is_one_line(workspace):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "modelzoo.py", *flags(workspace, "--continual")], cwd=ROOT, stdout=full,
+                              stderr=subprocess.PIPE, text=True)  # fmt: skip
+    assert done.returncode == 2 and "No space left on device" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_resume_on_other_data_is_refused(workspace, capsys):
+    """Found by review: data of the same shape under the same name were mixed in without a word."""
+    start(workspace, "a", "--continual")
+    (workspace / "runs/a/learners/002.pt").unlink()
+    np.savez(workspace / "data/toy.npz", **make_arrays(seed=1))
+    capsys.readouterr()
+    command = flags(workspace, "--name", "a", "--continual", "--resume")
+    assert multihead.command("x", "modelzoo", modelzoo.run, command) == 2
+    assert "was run with data " in capsys.readouterr().err
+
+
+def test_damaged_test_labels_are_written_again(workspace):
+    start(workspace, "a", "--continual")
+    file = workspace / "runs/a/test_labels.pt"
+    whole = file.read_bytes()
+    file.write_bytes(b"damaged")
+    start(workspace, "a", "--continual", "--resume")
+    assert file.read_bytes() == whole

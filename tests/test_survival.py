@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import modelzoo
 import multihead
@@ -78,6 +79,13 @@ def finish(process):
     return process.exitcode, process.output.read_text()
 
 
+def wait_for(path, process):
+    """Wait until a child has written `path`."""
+    while not path.exists():
+        assert process.is_alive(), process.output.read_text()
+        time.sleep(0.01)
+
+
 @pytest.fixture
 def digits(tmp_path):
     """A workspace of rotated digits, 5 tasks, a second or two a run."""
@@ -113,7 +121,7 @@ def kill_and_resume(workspace, count, seed):
 
 
 def test_killed_runs_resume_to_the_same_result(digits):
-    assert len(kill_and_resume(digits, 4, seed=0)) > 1
+    assert len(kill_and_resume(digits, 2, seed=0)) > 0
 
 
 @pytest.mark.kills
@@ -226,8 +234,7 @@ def test_folder_removed_meanwhile(workspace, monkeypatch, capsys):
 
 def test_second_writer_is_refused_and_the_lock_dies_with_its_process(workspace, capsys):
     process = spawn(workspace, "--continual", "--name", "a", "--epochs", "1000")
-    while not (workspace / "runs/a/log.jsonl").exists():
-        time.sleep(0.02)
+    wait_for(workspace / "runs/a/log.jsonl", process)
     again = flags(workspace, "--continual", "--name", "a", "--epochs", "1000", "--resume")
     assert multihead.command("x", "modelzoo", modelzoo.run, again) == 2
     assert "runs/a: another process is writing it; wait for it or take another --name\n" in capsys.readouterr().err
@@ -241,8 +248,7 @@ def test_second_writer_is_refused_and_the_lock_dies_with_its_process(workspace, 
 def test_signals_end_the_run_with_one_line(workspace, number):
     whole = start(workspace, "a", "--continual", "--epochs", "5")
     process = spawn(workspace, "--continual", "--name", "b", "--epochs", "5", setups=[slow_writes])
-    while not (workspace / "runs/b/learners/000.pt").exists():
-        time.sleep(0.01)
+    wait_for(workspace / "runs/b/learners/000.pt", process)
     os.kill(process.pid, number)
     code, output = finish(process)
     last = output.splitlines()[-1]
@@ -276,11 +282,37 @@ def test_learner_of_another_run_is_not_mixed_in(workspace, capsys):
     assert "002.pt: not of this run; kept as" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("change", [
+    {"seconds": "x"}, {"tasks": 7}, {"test_logits": 3}, {"parameters": None},
+    {"train_logits": [torch.full((20, 2), float("nan"))]},
+])  # fmt: skip
+def test_whole_files_with_foreign_content_are_trained_again(workspace, capsys, change):
+    """A checksum proves that a file is whole, not that it is ours."""
+    whole = start(workspace, "a", "--continual", "--num_rounds", "1")
+    file = workspace / "runs/a/learners/000.pt"
+    multihead.save_tensors(file, multihead.load_tensors(file, "cpu") | change)
+    capsys.readouterr()
+    assert numbers(start(workspace, "a", "--continual", "--num_rounds", "1", "--resume")) == numbers(whole)
+    assert "000.pt: not of this run; kept as" in capsys.readouterr().out
+
+
+def test_log_that_cannot_be_read(workspace, capsys):
+    start(workspace, "a", "--continual")
+    log = workspace / "runs/a/log.jsonl"
+    log.write_text("[" * 100_000 + '\n{"round": 0, "epoch": "x"}\n7\n')
+    start(workspace, "a", "--continual", "--resume")
+    log.unlink()
+    log.mkdir()
+    command = flags(workspace, "--name", "a", "--continual", "--resume")
+    assert multihead.command("x", "modelzoo", modelzoo.run, command) == 2
+    assert "log.jsonl: cannot be read (Is a directory)" in capsys.readouterr().err
+
+
 def test_foreign_folder_is_left_alone(workspace, capsys):
     (workspace / "runs/mine").mkdir(parents=True)
     (workspace / "runs/mine/thesis.tex").write_text("x")
     (workspace / "runs/file").write_text("x")
-    for name, message in (("mine", "is not a run folder"), ("file", "Not a directory")):
+    for name, message in (("mine", "is not a run folder"), ("file", "it is not a run folder")):
         command = flags(workspace, "--name", name, "--resume")
         assert multihead.command("x", "modelzoo", modelzoo.run, command) == 2
         with contextlib.suppress(FileNotFoundError):
@@ -290,6 +322,8 @@ def test_foreign_folder_is_left_alone(workspace, capsys):
 
 @pytest.mark.parametrize("content, message", [
     ({"tasks": [1]}, "not of this run"),
+    ({"tasks": [0, 1, 2]}, "not of this run"),
+    ({"tasks": [0, 1, 2], "epoch": 9, "seconds": 0.0, "snapshot": {}}, "not of this run"),
     (7, "not of this run"),
     ({"tasks": [0, 1, 2], "epoch": 1, "seconds": 0.0, "snapshot": {"epoch": 1}}, "not of this network"),
 ])  # fmt: skip

@@ -29,8 +29,8 @@ from rich.table import Table  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
+from multihead import guard  # noqa: E402
 from net.build_net import build_net, set_dropout_generator  # noqa: E402
-from tools.runs import command  # noqa: E402
 from utils.config import MODELS, PRECISIONS, Parser, check, load_yaml  # noqa: E402
 from utils.logger import commit, describe_hardware, make_console, versions  # noqa: E402
 from utils.run_net import choose_device, choose_precision, forward, train_net  # noqa: E402
@@ -243,4 +243,4 @@ def main(flags):
 
 
 if __name__ == "__main__":
-    sys.exit(command("bench.py", lambda: main(read_flags())))
+    sys.exit(guard("bench.py", lambda: main(read_flags())))

@@ -13,9 +13,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from multihead import guard
 from tools.report import FEWEST, measure, summarise
-from tools.runs import Parser, command, group_runs, read_runs
-from utils.config import ConfigError
+from tools.runs import group_runs, read_runs
+from utils.config import ConfigError, Parser
 
 WIDTH = 7.2  # inches, of a page's text
 # Okabe and Ito's colours, which people with any colour vision tell apart; lines and bars differ in pattern as well.
@@ -349,4 +350,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(command("plot.py", main))
+    sys.exit(guard("plot.py", main))

@@ -20,11 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich import box
 from rich.table import Table as RichTable
 
-from tools import runs as run_folders
+from multihead import guard
 from tools.page import make_page
-from tools.runs import METRICS, Parser, differing, group_runs, read_runs, setting_text
+from tools.runs import METRICS, differing, group_runs, read_runs, setting_text
 from utils import metrics
-from utils.config import ConfigError
+from utils.config import ConfigError, Parser
 from utils.logger import make_console
 
 LEVEL = 0.95
@@ -347,4 +347,4 @@ def write(file, text):
 
 
 if __name__ == "__main__":
-    sys.exit(run_folders.command("report.py", main))
+    sys.exit(guard("report.py", main))

@@ -1,5 +1,4 @@
 """Run folders, read, grouped and named: what report.py and plot.py share. Nothing in a run folder is executed."""
-import argparse
 import json
 import pickle
 import sys
@@ -13,7 +12,7 @@ from utils.config import ConfigError, load_yaml
 from utils.logger import FREE, RunError, load_tensors, task_names
 
 # Settings that may differ within a group: those that decide nothing, and the files, which count by what they say.
-APART = (*FREE, "seed", "names", "data_config", "hp_config")
+APART = (*FREE, "save_nets", "seed", "names", "data_config", "hp_config")
 DATA = ("dataset", "path", "size", "tasks")  # one setting here: which tasks
 ZOO_FLAGS = ("num_rounds", "tasks_per_round", "replay_frac", "naive", "warm_start")
 METRICS = ("average_accuracy", "learning_accuracy", "forgetting", "backward_transfer")
@@ -61,22 +60,6 @@ class Group:
     runs: list
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are one line."""
-
-    def error(self, message):
-        raise ConfigError(message)
-
-
-def command(prog, main):
-    """Run `main` and return its exit status: 2, after one line, where the user must mend something."""
-    try:
-        return main()
-    except ConfigError as e:
-        print(f"{prog}: {e}", file=sys.stderr)
-        return 2
-
-
 def read_runs(prog, paths, ensembles=()):
     """Read the run folders `paths` and an ensemble of each list in `ensembles`; what cannot be read costs a line.
 
@@ -89,10 +72,10 @@ def read_runs(prog, paths, ensembles=()):
             runs.append(read(argument))
         except ConfigError as e:
             problems.append(str(e))
-    if not runs:
-        raise ConfigError(f"\n{prog}: ".join(problems) or "no run folder given")
-    for problem in problems:
+    for problem in problems if runs else problems[:-1]:
         print(f"{prog}: skipped: {problem}", file=sys.stderr)
+    if not runs:
+        raise ConfigError(problems[-1] if problems else "no run folder given")
     return runs
 
 

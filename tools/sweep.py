@@ -73,7 +73,21 @@ def read_seeds(where, text):
     if not re.fullmatch(r"\d{1,18}(-\d{1,18})?(,\d{1,18}(-\d{1,18})?)*", text):
         raise ConfigError(f"{where}: {text!r} is not a list of seeds such as 0-4 or 0,2,5-7")
     ends = [[int(end) for end in part.split("-")] for part in text.split(",")]
+    if sum(part[-1] - part[0] + 1 for part in ends) > 10**5:
+        raise ConfigError(f"{where}: {text} are over 100,000 seeds")
     return [seed for part in ends for seed in range(part[0], part[-1] + 1)]
+
+
+def split_words(where, text):
+    """The words of a command line.
+
+    Raises:
+        ConfigError: a quotation mark without its other one.
+    """
+    try:
+        return shlex.split(text)
+    except ValueError as e:
+        raise ConfigError(f"{where}: {text!r}: {e}") from e
 
 
 def read_grid(argv):
@@ -92,11 +106,11 @@ def read_grid(argv):
     for key in grid:
         if key not in (*keys, "flags"):
             raise ConfigError(f"{flags.grid}: unknown key {key}; the keys are {', '.join((*keys, 'flags'))}")
-    common = shlex.split(check(f"{flags.grid}: flags", grid.get("flags", ""), str)) + common
+    common = split_words(f"{flags.grid}: flags", check(f"{flags.grid}: flags", grid.get("flags", ""), str)) + common
     lists = []
     for key in keys[:3]:
         given = getattr(flags, key) or grid.get(key)
-        if given is None:
+        if not given:
             raise ConfigError(f"--{key} is missing" + f", and {flags.grid} has no {key}" * bool(flags.grid))
         given = given if isinstance(given, list) else [given]
         lists.append([check(f"{flags.grid}: {key}", value, str) for value in given])
@@ -105,7 +119,7 @@ def read_grid(argv):
 
     runs = []
     for seed, data_config, hp_config, text in itertools.product(seeds, data_configs, hp_configs, methods):
-        word, *own = shlex.split(text) or [""]
+        word, *own = split_words("--methods", text) or [""]
         if word not in METHODS:
             raise ConfigError(f"--methods: {text!r} does not begin with one of {', '.join(METHODS)}")
         method, *fixed = METHODS[word]
@@ -325,15 +339,7 @@ def sweep(argv):
 
 def main(argv=None):
     """Run the command and return its exit status: 1 where a run failed, 2, after one line, where the grid is wrong."""
-    try:
-        rows = sweep(argv)
-    except ConfigError as e:
-        print(f"sweep.py: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("sweep.py: stopped; the same command goes on with it", file=sys.stderr)
-        return 130
-    return int(any(row.state == "failed" for row in rows))
+    return multihead.guard("sweep.py", lambda: int(any(row.state == "failed" for row in sweep(argv))))
 
 
 if __name__ == "__main__":

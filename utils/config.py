@@ -117,9 +117,15 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+# Numbers as in YAML 1.2: 1e-5 is one; 010 and 1:30, which YAML 1.1 takes for 8 and 90, are not.
+_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in forms if tag not in (_INT, _FLOAT)]
+    for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_NUMBER = r"[-+]?((0|[1-9][0-9]*)\.[0-9]*|\.[0-9]+|(0|[1-9][0-9]*)(?=[eE]))([eE][-+]?[0-9]+)?$"
+_Loader.add_implicit_resolver(_INT, re.compile(r"[-+]?(0|[1-9][0-9]*)$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(_FLOAT, re.compile(_NUMBER + r"|[-+]?\.inf$|\.nan$"), list("-+.0123456789"))
 
 
 def load_yaml(path):
@@ -213,6 +219,9 @@ def read_dataset(file):
         if not isinstance(names, list) or len(names) != len(tasks):
             raise ConfigError(f"{file}: names: must be a list of {len(tasks)} names, one a task")
         names = tuple(check(f"{file}: names: name {i}", n, str) for i, n in enumerate(names))
+        odd = next((name for name in names if not name.isprintable()), None)
+        if odd is not None:
+            raise ConfigError(f"{file}: names: {reprlib.repr(odd)} cannot be printed on one line")
     path = check(f"{file}: path", found["path"], str) if "path" in extra else None
     size = check(f"{file}: size", found["size"], int, 8, 1024) if "size" in extra else None
     return {"dataset": name, "tasks": tuple(map(tuple, tasks)), "names": names, "path": path, "size": size}
@@ -372,7 +381,7 @@ def _make_settings(method, flags):
             check(f"--{flag}", flags[flag], int, low, 10**6)
     check("--seed", flags["seed"], int, 0, 2**63 - 1)
     check("--precision", flags["precision"], str, choices=PRECISIONS)
-    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", flags["device"]):
+    if not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9][0-9]{0,2}))?", flags["device"]):
         raise ConfigError(f"--device: {flags['device']!r} is not one of auto, cpu, cuda, cuda:0, cuda:1, ...")
     data = read_dataset(flags["data_config"])
     if flags.get("num_tasks"):
@@ -380,8 +389,8 @@ def _make_settings(method, flags):
     hyper = read_hyperparam(flags["hp_config"], flags["epochs"])
     if flags["name"] is None:
         flags["name"] = _default_name(method, flags)
-    if not re.fullmatch(r"[\w][\w.,=+-]*", flags["name"]):
-        raise ConfigError(f"--name: {reprlib.repr(flags['name'])} is not a plain folder name")
+    if not re.fullmatch(r"\w[\w.,=+-]{0,199}", flags["name"]):
+        raise ConfigError(f"--name: {reprlib.repr(flags['name'])} is not a plain folder name of at most 200 characters")
     if method == "modelzoo":
         flags.update(_check_rounds(flags, len(data["tasks"])))
     known = {f.name for f in fields(Settings)}
@@ -400,7 +409,7 @@ def _check_rounds(flags, num_tasks):
     """Fill in the defaults of the zoo's flags and refuse those that contradict each other."""
     continual, frac = flags["continual"], flags["replay_frac"]
     if frac is not None:
-        check("--replay_frac", frac, float, above=0, high=1)
+        check("--replay_frac", frac, float, 1e-6, 1)
     if frac is not None and frac < 1 and not continual:
         raise ConfigError("--replay_frac below 1 needs --continual: without it no task is ever past")
     if flags["warm_start"] and continual:
@@ -420,5 +429,5 @@ def _default_name(method, flags):
     for flag in ("num_tasks", "num_rounds", "tasks_per_round", "replay_frac", "samples", "epochs"):
         parts += [f"{flag}={flags[flag]}"] if flags.get(flag) is not None else []
     name = "-".join([*parts, f"seed={flags['seed']}"])
-    return re.sub(r"[^\w.,=+-]", "_", name)
+    return re.sub(r"[^\w.,=+-]", "_", name).lstrip(".,=+-")
 

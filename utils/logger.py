@@ -9,6 +9,7 @@ import os
 import platform
 import reprlib
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from rich.table import Table
 
 from utils.config import ConfigError, load_yaml
 
-FREE = ("resume", "out", "name", "data_dir", "save_nets")  # settings that may change when a run is resumed
+FREE = ("resume", "out", "name", "data_dir")  # settings that may change when a run is resumed
 SEAL = b"sha256:"  # a tensor file ends in this and the checksum of all before it
 
 
@@ -71,7 +72,7 @@ def open_run(folder, settings, resume, hardware, inside="learners"):
     """
     config, made_here = folder / "config.yaml", {"lock", inside, ".config.yaml.part"}
     try:
-        if folder.exists() and not resume:
+        if os.path.lexists(folder) and not (resume and folder.is_dir()):
             raise FileExistsError
         if folder.exists() and not config.exists() and not {p.name for p in folder.iterdir()} <= made_here:
             raise ConfigError(f"{folder} is not a run folder: it has no config.yaml; take another --name")
@@ -80,8 +81,8 @@ def open_run(folder, settings, resume, hardware, inside="learners"):
         (folder / inside).mkdir(exist_ok=True)
         lock = open(folder / "lock", "a")  # noqa: SIM115 (closed below)
     except FileExistsError as e:
-        message = f"{folder} is there already: --resume goes on with it, --name starts another beside it"
-        raise ConfigError(message) from e
+        way = "it is not a run folder; take" if resume else "--resume goes on with it, or take"
+        raise ConfigError(f"{folder} is there already: {way} another --name or --out") from e
     except OSError as e:
         raise RunError(f"{folder}: cannot be made or written ({e.strerror})") from e
     with lock:
@@ -182,8 +183,15 @@ def set_aside(path, why, log):
 
 def make_console():
     """Lines go to standard output; where that is no terminal, wide enough that tables are not folded."""
-    console = Console(highlight=False, soft_wrap=False)
-    return console if console.is_terminal else Console(highlight=False, width=120)
+    console = _Console(highlight=False)
+    return console if console.is_terminal else _Console(highlight=False, width=120)
+
+
+class _Console(Console):
+    def on_broken_pipe(self):
+        """Whoever read the output is gone: train on without it, where rich would end the process."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class RunLog:
@@ -255,11 +263,14 @@ class RunLog:
             lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
         except FileNotFoundError:
             return []
+        except OSError as e:
+            raise RunError(f"{self.path}: cannot be read ({e.strerror})") from e
         found = []
         for line in lines:
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 found.append(json.loads(line))
-        return [line for line in found if isinstance(line, dict) and isinstance(line.get("round"), int)]
+        return [line for line in found if isinstance(line, dict) and isinstance(line.get("round"), int)
+                and isinstance(line.get("epoch", 0), int)]  # fmt: skip
 
     def forget(self, round, epoch=0):
         """Drop the lines of `round` from `epoch` on and of later rounds, which a killed process left behind."""
@@ -274,7 +285,7 @@ def task_names(tasks, names, limit=40):
     """A name a task: the config's, else the source labels."""
     if names:
         return list(names)
-    labels = [" ".join(map(str, task)) for task in tasks]
+    labels = ["".join(c if c.isprintable() else "?" for c in " ".join(map(str, task))) for task in tasks]
     return [text if len(text) <= limit else text[: limit - 1] + "…" for text in labels]
 
 

@@ -128,7 +128,8 @@ def train_net(net, images, rows, heads, labels, *, epochs, batch, lr, l2_reg, sc
         BadSnapshot: `start` is of another network.
     """
     net.to(memory_format=torch.channels_last)
-    optimiser = torch.optim.SGD(net.parameters(), lr, momentum=0.9, weight_decay=l2_reg, nesterov=True)
+    optimiser = torch.optim.SGD(net.parameters(), lr, momentum=0.9, weight_decay=l2_reg, nesterov=True,
+                                fused=images.is_cuda)  # with fp16 the others wait for the host  # fmt: skip
     scaler = torch.amp.GradScaler(images.device.type, enabled=precision == "fp16")
     steps = epochs * math.ceil(len(rows) / batch)
     first = 0
