@@ -30,7 +30,7 @@ from utils.logger import (
     task_names,
     versions,
     write_file,
-)  # fmt: skip
+)
 from utils.run_net import (
     BadSnapshot,
     choose_device,
@@ -39,7 +39,7 @@ from utils.run_net import (
     make_generator,
     predict_logits,
     train_net,
-)  # fmt: skip
+)
 
 CHECKPOINT_SECONDS = 60  # between two checkpoints of a learner in training, at least
 COST = ("seconds", "rows_trained", "parameters")  # of a learner; a run's are the sums over its learners
