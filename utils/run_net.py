@@ -1,10 +1,12 @@
 """The training loop and the forward pass over many rows: tensors in, tensors out."""
 import contextlib
+import ctypes
 import hashlib
 import math
 
 import torch
 from torch.nn import functional as F
+from torch.optim.sgd import sgd
 
 from utils.config import ConfigError
 
@@ -100,6 +102,85 @@ def learning_rate(schedule, lr, step, steps):
     return lr if schedule == "constant" else lr * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
+class SGD:
+    """Stochastic gradient descent with Nesterov momentum, as one fused kernel.
+
+    The arithmetic is torch's; its optimiser class is not used because making one imports torch's compiler, which takes
+    as long as all other imports together.
+
+    Args:
+        params: of the network.
+        lr: 0-d float32 tensor on their device; its value at the time of a step counts, also in a captured step.
+        weight_decay: on all parameters.
+        momentum: in [0, 1).
+    """
+
+    # So `torch.amp.GradScaler` leaves it to the kernel to unscale gradients and to skip infinite ones, and need not
+    # wait for the device; it looks for gradients in `param_groups`.
+    _step_supports_amp_scaling = True
+    grad_scale = found_inf = None
+
+    def __init__(self, params, lr, weight_decay, momentum=0.9):
+        self.params = list(params)
+        self.param_groups = [{"params": self.params}]
+        self.velocity = [torch.zeros_like(p) for p in self.params]
+        self.settings = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
+
+    @torch.no_grad()
+    def step(self):
+        """Move every parameter by its gradient, which is dropped."""
+        sgd(self.params, [p.grad for p in self.params], self.velocity, fused=True, nesterov=True, dampening=0,
+            maximize=False, grad_scale=self.grad_scale, found_inf=self.found_inf, **self.settings)  # fmt: skip
+        for p in self.params:
+            p.grad = None
+
+
+def capture_step(step, generators, warm_up=3):
+    """Let a CUDA graph do what `step` does: a few calls as they are, then one replay a call.
+
+    A small network's step is hundreds of short kernels, and launching them one by one takes longer than running them.
+
+    Args:
+        step: a function of one tensor, the rows of a batch; all else that it reads or writes stays where it is in
+            memory, and it never waits for the device.
+        generators: CUDA generators that it draws from.
+        warm_up: calls before the capture, in which libraries choose their kernels and take their memory.
+
+    Returns:
+        A function of one tensor, always of the same shape.
+    """
+    stream, graph, rows, calls = torch.cuda.Stream(), torch.cuda.CUDAGraph(), None, 0
+
+    def call(i):
+        nonlocal rows, calls
+        calls += 1
+        if calls <= warm_up:
+            # Autograd remembers the stream that a parameter was first used on; it must not be the default one.
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                step(i)
+            torch.cuda.current_stream().wait_stream(stream)
+            return
+        if rows is None:
+            rows = i.clone()
+            for generator in generators:
+                graph.register_generator_state(generator)
+            with torch.cuda.graph(graph, stream=stream):
+                step(rows)
+        rows.copy_(i)
+        graph.replay()
+
+    return call
+
+
+def keep_freed_memory():
+    """Ask glibc to keep freed memory for this process: else each step's activations come as fresh, zeroed pages."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, its greatest
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
 def train_net(net, images, rows, heads, labels, *, epochs, batch, lr, l2_reg, schedule, augment, flip, precision,
               generators, start=None):
     """Train `net`, an epoch each time the caller asks for the next one.
@@ -127,48 +208,60 @@ def train_net(net, images, rows, heads, labels, *, epochs, batch, lr, l2_reg, sc
     Raises:
         BadSnapshot: `start` is of another network.
     """
+    device = images.device
+    keep_freed_memory()
     net.to(memory_format=torch.channels_last)
-    optimiser = torch.optim.SGD(net.parameters(), lr, momentum=0.9, weight_decay=l2_reg, nesterov=True,
-                                fused=images.is_cuda)  # with fp16 the others wait for the host  # fmt: skip
-    scaler = torch.amp.GradScaler(images.device.type, enabled=precision == "fp16")
+    rate = torch.zeros((), device=device)
+    optimiser = SGD(net.parameters(), rate, l2_reg)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     steps = epochs * math.ceil(len(rows) / batch)
     first = 0
     if start is not None:
         try:
             first = start["epoch"]
-            for key, part in (("net", net), ("optimiser", optimiser), ("scaler", scaler)):
+            for key, part in (("net", net), ("scaler", scaler)):
                 part.load_state_dict(start[key])
+            for v, saved in zip(optimiser.velocity, start["velocity"], strict=True):
+                v.copy_(saved)
             for key, generator in generators.items():
                 generator.set_state(start["generators"][key])
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
             raise BadSnapshot("not of this network") from e
+    # Summed on the device and read once an epoch, so that no step waits for the host.
+    loss_sum, correct = torch.zeros(2, dtype=torch.float64, device=device)
+
+    def take_step(i):
+        x, head, label = images[rows[i]], heads[i], labels[i]
+        if augment:
+            x = sample_crops(x, flip, generators["augment"])
+        logits = forward(net, x, head, precision)
+        loss = F.cross_entropy(logits, label)
+        scaler.scale(loss).backward()
+        scaler.step(optimiser)
+        scaler.update()
+        loss_sum.add_(loss.detach().double() * len(i))
+        correct.add_((logits.detach().argmax(1) == label).sum())
+
+    take_full_step = take_step
+    # fp16's loss scale is updated by code that was not made for capture; large batches hide the launches anyway.
+    if device.type == "cuda" and precision != "fp16" and batch <= 1024:
+        take_full_step = capture_step(take_step, [generators[key] for key in ("augment", "dropout")])
     step = first * (steps // epochs)
     for epoch in range(first, epochs):
-        # Summed on the device and read once an epoch, so that no step waits for the host.
-        loss_sum, correct = torch.zeros(2, dtype=torch.float64, device=images.device)
+        loss_sum.zero_()
+        correct.zero_()
         net.train()  # between epochs the caller may have had it predict
-        for i in torch.randperm(len(rows), generator=generators["shuffle"], device=images.device).split(batch):
-            rate = learning_rate(schedule, lr, step, steps)
-            optimiser.param_groups[0]["lr"] = rate
-            x, head, label = images[rows[i]], heads[i], labels[i]
-            if augment:
-                x = sample_crops(x, flip, generators["augment"])
-            logits = forward(net, x, head, precision)
-            loss = F.cross_entropy(logits, label)
-            optimiser.zero_grad()
-            scaler.scale(loss).backward()
-            scaler.step(optimiser)
-            scaler.update()
-            loss_sum += loss.detach().double() * len(i)
-            correct += (logits.detach().argmax(1) == label).sum()
+        for i in torch.randperm(len(rows), generator=generators["shuffle"], device=device).split(batch):
+            rate.fill_(learning_rate(schedule, lr, step, steps))
+            (take_full_step if len(i) == batch else take_step)(i)
             step += 1
         means = {"train_loss": loss_sum.item() / len(rows), "train_accuracy": correct.item() / len(rows)}
 
         def snapshot(done=epoch + 1):
-            parts = {"net": net.state_dict(), "optimiser": optimiser.state_dict(), "scaler": scaler.state_dict()}
+            parts = {"net": net.state_dict(), "velocity": optimiser.velocity, "scaler": scaler.state_dict()}
             return {"epoch": done, "generators": {k: g.get_state() for k, g in generators.items()}, **parts}
 
-        yield {"epoch": epoch, **means, "lr": rate}, snapshot
+        yield {"epoch": epoch, **means, "lr": rate.item()}, snapshot
 
 
 @torch.no_grad()
