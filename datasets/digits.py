@@ -1,6 +1,9 @@
 """scikit-learn's 1,797 real handwritten digits, 8 x 8: the data that need no download."""
+import importlib.util
+from pathlib import Path
+
+import numpy as np
 import torch
-from sklearn.datasets import load_digits as sklearn_digits
 from torch.nn import functional as F
 
 
@@ -10,10 +13,12 @@ def load_digits():
     Grey values 0 .. 16 are scaled to 0 .. 255 and images enlarged from 8 x 8 (bilinear), so that they stand in for
     MNIST. Every fifth image of a class is a test image.
     """
-    data = sklearn_digits()
-    images = torch.from_numpy(data.images).float()[:, None] * (255 / 16)
+    # The file inside the package, because importing scikit-learn takes as long as importing torch.
+    package = Path(importlib.util.find_spec("sklearn").origin).parent
+    rows = torch.from_numpy(np.loadtxt(package / "datasets" / "data" / "digits.csv.gz", delimiter=","))
+    images = rows[:, :64].view(-1, 1, 8, 8).float() * (255 / 16)
     images = F.interpolate(images, size=(28, 28), mode="bilinear").round().to(torch.uint8)
-    labels = torch.from_numpy(data.target).long()
+    labels = rows[:, 64].long()
     test = torch.zeros(len(labels), dtype=torch.bool)
     for digit in range(10):
         test[(labels == digit).nonzero().squeeze(1)[4::5]] = True

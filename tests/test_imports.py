@@ -1,5 +1,7 @@
 """Who may import whom, and that nothing draws from torch's global generator."""
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,3 +41,14 @@ def test_every_folder_is_a_package():
     """So that an installed package called datasets cannot win the import."""
     assert all((ROOT / name / "__init__.py").exists() for name in PACKAGES)
     assert {f.relative_to(ROOT).parts[0] for f in FILES} >= {"datasets", "net", "utils", "multihead.py", "modelzoo.py"}
+
+
+def test_a_run_imports_nothing_that_is_slow_to_import(tmp_path):
+    """Each of these takes a second or more, and a newcomer waits for the first batch of the demo."""
+    words = ["--data_config", "config/dataset/split_digits.yaml", "--hp_config", "config/hyperparam/small.yaml",
+             "--samples", "1", "--epochs", "1", "--out", str(tmp_path)]  # fmt: skip
+    slow = {"torch._dynamo", "sklearn", "scipy", "pandas", "matplotlib", "torchvision", "ray"}
+    code = (f"import sys; from multihead import command, run; status = command('', 'multihead', run, {words});"
+            f"sys.exit(' '.join({slow} & set(sys.modules)) or status)")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
