@@ -166,7 +166,8 @@ def grow_zoo(settings, precision, train, test, folder):
     per_round = [min(settings.tasks_per_round, k + 1 if continual else num_tasks) for k in range(settings.num_rounds)]
     learned = sum(per_round) + num_tasks * settings.warm_start
     matrix, rounds = [], []
-    with RunLog(folder, settings.num_rounds, settings.epochs * learned * len(train.labels) / len(train.classes)) as log:
+    work = settings.epochs * learned * len(train.labels) / len(train.classes)
+    with RunLog(folder, settings.num_rounds, work, settings.tensorboard) as log:
         for k in range(WARM if settings.warm_start else 0, settings.num_rounds):
             if k == WARM:
                 tasks, weights = list(range(num_tasks)), []

@@ -309,7 +309,10 @@ def run(settings, loaded=None):
     tasks = list(range(len(settings.tasks)))
     rows = [train.rows(t) for t in tasks]
     work = settings.epochs * len(train.labels)
-    with open_folder(settings, device, precision, train, test) as folder, RunLog(folder, 1, work) as log:
+    with (
+        open_folder(settings, device, precision, train, test) as folder,
+        RunLog(folder, 1, work, settings.tensorboard) as log,
+    ):
         learner = train_or_load(settings, precision, train, test, tasks, rows, rows, 0, folder, log)
         accuracy = [metrics.accuracy(learner.test_logits[t], test.labels[test.rows(t)]) for t in tasks]
         log_probs = [F.log_softmax(logits.double(), dim=1) for logits in learner.train_logits]

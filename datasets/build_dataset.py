@@ -3,6 +3,7 @@ from pathlib import Path
 
 from datasets.cifar import NOISY, load_cifar10, load_cifar100
 from datasets.data import DataError, load_npz, make_tasks
+from datasets.digits import load_digits
 from datasets.mini_imagenet import load_mini_imagenet
 from datasets.mnist import load_mnist
 from datasets.modmnist import modify
@@ -42,8 +43,6 @@ def load_splits(dataset, tasks, data_dir, path=None, size=None):
         case "mini_imagenet":
             splits = load_mini_imagenet(data_dir)
         case "digits" | "rotated_digits":
-            from datasets.digits import load_digits  # scikit-learn is slow to import
-
             splits = load_digits() if dataset == "digits" else modify(load_digits(), labels, "rotated")
         case "npz":
             splits = load_npz(_inside(data_dir, path))

@@ -1,4 +1,5 @@
 """Whole runs on small data: the limits that must hold, the run folder, and the commands of the README."""
+import importlib.util
 import json
 import os
 import shlex
@@ -16,7 +17,7 @@ import modelzoo
 import multihead
 from tests.conftest import CONV, flags, make_arrays, write_yaml
 from tools.sweep import read_grid
-from utils.config import read_search, read_settings
+from utils.config import ConfigError, read_search, read_settings
 from utils.logger import RunLog
 from utils.run_net import make_generator
 
@@ -330,3 +331,42 @@ def test_damaged_test_labels_are_written_again(workspace):
     file.write_bytes(b"damaged")
     start(workspace, "a", "--continual", "--resume")
     assert file.read_bytes() == whole
+
+
+def read_events(folder):
+    """{TensorBoard run: {tag: [(step, value)]}} of a run folder."""
+    pytest.importorskip("tensorboard", reason="needs tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = {}
+    for part in sorted((folder / "tensorboard").iterdir()):
+        events = EventAccumulator(str(part)).Reload()
+        found[part.name] = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return found
+
+
+def test_tensorboard_holds_what_the_log_holds(workspace):
+    start(workspace, "a", "--continual", "--tensorboard")
+    folder = workspace / "runs" / "a"
+    expected = {}
+    for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines()):
+        which, step = f"learner_{line['round']:03}" if "epoch" in line else "zoo", line.get("epoch", line["round"])
+        for key, value in line.items():
+            if key not in ("round", "epoch", "tasks"):
+                expected.setdefault(which, {}).setdefault(key, []).append((step, pytest.approx(value)))
+    assert read_events(folder) == expected
+    assert set(expected) == {"zoo", "learner_000", "learner_001", "learner_002"}
+    # A learner that is trained again takes its numbers back first.
+    (folder / "result.json").unlink()
+    (folder / "learners" / "002.pt").unlink()
+    start(workspace, "a", "--continual", "--tensorboard", "--resume")
+    again = read_events(folder)
+    assert set(again) == set(expected)
+    assert again["learner_002"]["train_loss"] == expected["learner_002"]["train_loss"]
+    assert [step for step, _ in again["zoo"]["test_accuracy"]] == [0, 1, 2]
+
+
+def test_tensorboard_without_the_package_is_one_line(workspace, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="--tensorboard: .*pip install tensorboard"):
+        read_settings("x", "multihead", flags(workspace, "--tensorboard"))

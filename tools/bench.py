@@ -168,7 +168,8 @@ def compare_textbook(model, device, precision, repeats):
             theirs = ["tools/bench.py", "--run_textbook", folder, "--models", model]
             for key, words in (("ours", ours), ("textbook", theirs)):
                 start = time.perf_counter()
-                subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+                subprocess.run([sys.executable, "-W", "ignore", *map(str, words)], cwd=ROOT, check=True,
+                               stdout=subprocess.DEVNULL)  # fmt: skip
                 seconds[key].append(time.perf_counter() - start)
     ratios = [b / a for a, b in zip(*seconds.values(), strict=True)]
     return {"model": model, **seconds, "ratio": statistics.median(ratios)}

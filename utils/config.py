@@ -1,5 +1,6 @@
 """Settings: a flag over a YAML key over a default, read once, frozen; every mistake ends in one line."""
 import argparse
+import importlib.util
 import math
 import re
 import reprlib
@@ -89,6 +90,7 @@ class Settings:
     warm_start: bool = False
     resume: bool = False
     save_nets: bool = False
+    tensorboard: bool = False
 
 
 @dataclass(frozen=True)
@@ -302,6 +304,8 @@ def make_parser(prog, method):
     p.add_argument("--resume", action="store_true", help="go on with what has this name, or start it")
     p.add_argument("--device", default="auto", help="auto (CUDA if there, else CPU), cpu, cuda, cuda:1, ...")
     p.add_argument("--precision", default="auto", help="auto (bf16 on CUDA, fp32 on CPU), fp32, bf16 or fp16")
+    if method != "hpo":
+        p.add_argument("--tensorboard", action="store_true", help="also write TensorBoard events into the run folder")
     if method == "modelzoo":
         p.add_argument("--continual", action="store_true", help="tasks arrive one a round, in the file's order")
         p.add_argument("--num_rounds", type=int, help="learners to train (default: 10; continual: one a task)")
@@ -379,6 +383,8 @@ def _make_settings(method, flags):
     for flag, low in (("samples", 1), ("epochs", 1), ("num_rounds", 1), ("tasks_per_round", 1), ("num_tasks", 1)):
         if flags.get(flag) is not None:
             check(f"--{flag}", flags[flag], int, low, 10**6)
+    if flags.get("tensorboard") and importlib.util.find_spec("tensorboard") is None:
+        raise ConfigError("--tensorboard: the package is missing; pip install tensorboard brings it")
     check("--seed", flags["seed"], int, 0, 2**63 - 1)
     check("--precision", flags["precision"], str, choices=PRECISIONS)
     if not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9][0-9]{0,2}))?", flags["device"]):

@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import reprlib
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -22,7 +23,7 @@ from rich.table import Table
 
 from utils.config import ConfigError, load_yaml
 
-FREE = ("resume", "out", "name", "data_dir")  # settings that may change when a run is resumed
+FREE = ("resume", "out", "name", "data_dir", "tensorboard")  # settings that may change when a run is resumed
 SEAL = b"sha256:"  # a tensor file ends in this and the checksum of all before it
 
 
@@ -195,16 +196,18 @@ class _Console(Console):
 
 
 class RunLog:
-    """Bars on a terminal, lines in log.jsonl.
+    """Bars on a terminal, lines in log.jsonl and, if asked for, the same numbers as TensorBoard events.
 
     Args:
         folder: the run folder.
         rounds: how many learners will be trained.
         work: the training rows of all of them together, for the estimate of the time left.
+        tensorboard: whether to write events, below <folder>/tensorboard.
     """
 
-    def __init__(self, folder, rounds, work):
+    def __init__(self, folder, rounds, work, tensorboard=False):
         self.path = folder / "log.jsonl"
+        self.events = Events(folder / "tensorboard") if tensorboard else None
         self.round_lines = {line["round"] for line in self.read() if "epoch" not in line}
         self.rounds = rounds
         self.console = make_console()
@@ -218,10 +221,14 @@ class RunLog:
 
     def __enter__(self):
         self.bars.start()
+        if self.events:
+            self.events.rewrite(self.read())
         return self
 
     def __exit__(self, *exc):
         self.bars.stop()
+        if self.events:
+            self.events.close()
 
     def start_round(self, round, epochs):
         """Set the bars to a learner that is about to train."""
@@ -256,6 +263,8 @@ class RunLog:
                 file.write(json.dumps(values) + "\n")
         except OSError as e:
             raise RunError(f"{self.path}: cannot be written ({e.strerror}); what was written before it is safe") from e
+        if self.events:
+            self.events.add(**values)
 
     def read(self):
         """The whole lines of log.jsonl, as dicts."""
@@ -275,10 +284,53 @@ class RunLog:
     def forget(self, round, epoch=0):
         """Drop the lines of `round` from `epoch` on and of later rounds, which a killed process left behind."""
         last = math.inf  # a round's own line comes after its epochs
-        kept = [line for line in self.read() if (line["round"], line.get("epoch", last)) < (round, epoch)]
+        lines = self.read()
+        kept = [line for line in lines if (line["round"], line.get("epoch", last)) < (round, epoch)]
         if self.path.exists():
             write_file(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        if self.events and len(kept) < len(lines):
+            self.events.rewrite(kept)
         self.round_lines = {line["round"] for line in kept if "epoch" not in line}
+
+
+class Events:
+    """The lines of a log.jsonl as TensorBoard events: one TensorBoard run a learner, and one of the zoo.
+
+    Args:
+        folder: where they are written.
+    """
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.writers = {}
+
+    def add(self, round, epoch=None, **values):
+        """Add a line: a learner's against its epoch, or the zoo's against its round."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        which = "zoo" if epoch is None else "learner_warm" if round < 0 else f"learner_{round:03}"
+        if epoch is None or epoch == 0:
+            self.close()  # the learner before is done, and what it wrote goes to disk
+        try:
+            if which not in self.writers:
+                self.writers[which] = SummaryWriter(str(self.folder / which))
+            for key, value in values.items():
+                if isinstance(value, (int, float)):
+                    self.writers[which].add_scalar(key, value, round if epoch is None else epoch)
+        except OSError as e:
+            raise RunError(f"{self.folder}: cannot be written ({e.strerror}); the learners so far are safe") from e
+
+    def rewrite(self, lines):
+        """Hold these lines and no others."""
+        self.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        for line in lines:
+            self.add(**line)
+
+    def close(self):
+        """Bring everything to disk."""
+        while self.writers:
+            self.writers.popitem()[1].close()
 
 
 def task_names(tasks, names, limit=40):

@@ -252,7 +252,7 @@ def train_net(net, images, rows, heads, labels, *, epochs, batch, lr, l2_reg, sc
         correct.zero_()
         net.train()  # between epochs the caller may have had it predict
         for i in torch.randperm(len(rows), generator=generators["shuffle"], device=device).split(batch):
-            rate.fill_(learning_rate(schedule, lr, step, steps))
+            rate.fill_(now := learning_rate(schedule, lr, step, steps))
             (take_full_step if len(i) == batch else take_step)(i)
             step += 1
         means = {"train_loss": loss_sum.item() / len(rows), "train_accuracy": correct.item() / len(rows)}
@@ -261,7 +261,7 @@ def train_net(net, images, rows, heads, labels, *, epochs, batch, lr, l2_reg, sc
             parts = {"net": net.state_dict(), "velocity": optimiser.velocity, "scaler": scaler.state_dict()}
             return {"epoch": done, "generators": {k: g.get_state() for k, g in generators.items()}, **parts}
 
-        yield {"epoch": epoch, **means, "lr": rate.item()}, snapshot
+        yield {"epoch": epoch, **means, "lr": now}, snapshot
 
 
 @torch.no_grad()
