@@ -6,14 +6,28 @@ learner on them, and predicts a task by averaging the learners that know it.
 import math
 import sys
 from fractions import Fraction
+from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 
-from multihead import COST, command, finish, open_folder, prepare, train_or_load
-from utils.logger import RunLog, task_names
+from datasets.data import checksum, make_images
+from multihead import (
+    COST,
+    command,
+    finish,
+    learner_path,
+    load_net,
+    make_learner,
+    open_folder,
+    prepare,
+    record,
+    train_or_load,
+)
+from utils.config import ConfigError, load_yaml
+from utils.logger import FREE, RunLog, load_tensors, task_names, write_file
 from utils.metrics import accuracy, negative_log_likelihood
-from utils.run_net import make_generator
+from utils.run_net import choose_device, make_generator, predict_logits
 
 WARM = -1  # the "round" of the learner that --warm_start trains before round 0
 
@@ -70,11 +84,81 @@ class Zoo:
     def predict_log_probs(self, t, logits="test_logits"):
         """The zoo's log class probabilities for task t, [N, C_t] float64, on its train_logits or test_logits rows."""
         known = [getattr(learner, logits)[learner.tasks.index(t)] for learner in self.learners if t in learner.tasks]
+        labels = self.train_labels[t] if logits == "train_logits" else self.test_labels[t]
+        return self._average(t, known, labels)
+
+    def _average(self, t, known, like):
+        """Log class probabilities of task t: of `known`, a tensor of logits a learner, in the order of their rounds."""
         if not known:
-            labels = self.train_labels[t] if logits == "train_logits" else self.test_labels[t]
-            uniform = torch.full_like(labels, -math.log(self.classes[t]), dtype=torch.float64)
+            uniform = torch.full_like(like, -math.log(self.classes[t]), dtype=torch.float64)
             return uniform[:, None].expand(-1, self.classes[t])
         return ensemble_log_probs(known, [1 / self.replay_frac] + [1.0] * (len(known) - 1))
+
+    @classmethod
+    def load(cls, folder, device="auto"):
+        """The zoo of a run folder: all learners that it holds so far.
+
+        Its `loss` and `accuracy` are not brought up to date; `names` has a text for each task.
+
+        Args:
+            folder: a run of modelzoo.py; with --save_nets, for `predict`.
+            device: auto, cpu, cuda, cuda:1, ...
+
+        Raises:
+            ConfigError: no run folder, no learner, or a damaged or foreign file.
+        """
+        folder, device = Path(folder), choose_device(device)
+        path = folder / "config.yaml"
+        try:
+            settings = load_yaml(path)["settings"]
+            n = settings["num_rounds"] if settings["continual"] else len(settings["tasks"])
+            path = folder / "test_labels.pt"
+            labels = load_tensors(path, device)[:n]
+            zoo = cls([], labels, [len(task) for task in settings["tasks"]][:n], settings["replay_frac"])
+            zoo.names = task_names(settings["tasks"], settings["names"])[:n]
+            zoo.nets = []
+            for k in range(WARM if settings["warm_start"] else 0, settings["num_rounds"]):
+                path = learner_path(folder, k)
+                if not path.exists() and zoo.learners:
+                    break  # the run is not finished
+                learner = make_learner(load_tensors(path, device))
+                zoo.learners.append(learner)
+                zoo.nets.append(learner.net and load_net(learner.net, device))
+        except OSError as e:
+            raise ConfigError(f"{path}: cannot be read ({e.strerror})") from e
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
+            raise ConfigError(f"{path}: damaged or foreign ({' '.join(str(e).split())[:80]})") from e
+        return zoo
+
+    def predict(self, images, task):
+        """Class probabilities of new images, by a zoo that was loaded.
+
+        Args:
+            images: as `make_images` takes them: a uint8 array or tensor, or a list of image files.
+            task: its index in the config, or its name.
+
+        Returns:
+            [N, C_t] float64 on the CPU; column c is of the c-th label that the config lists for the task.
+
+        Raises:
+            ConfigError: the run kept no networks, or no such task.
+            DataError: images of another type or shape.
+        """
+        if task not in self.names and task not in range(len(self.names)):
+            raise ConfigError(f"task: {task!r} is not one of {', '.join(self.names)}, nor an index of one")
+        if None in self.nets:
+            raise ConfigError("the run kept no networks, which --save_nets does; only what it stored can be read")
+        t = task if task in range(len(self.names)) else self.names.index(task)
+        device = self.test_labels[t].device
+        images = make_images(images, self.learners[0].net["image_shape"]).to(device)
+        rows, known = torch.arange(len(images), device=device), []
+        for learner, net in zip(self.learners, self.nets, strict=True):
+            if t in learner.tasks:
+                precision = learner.net["precision"]
+                if device.type == "cpu" and precision == "fp16":
+                    precision = "fp32"  # the nearest that a CPU is good at
+                known.append(predict_logits(net, images, rows, learner.tasks.index(t), self.classes[t], precision))
+        return self._average(t, known, rows).exp().cpu()
 
 
 def task_weights(losses):
@@ -134,11 +218,47 @@ def replay_repeats(num_tasks, replay_frac):
 def run(settings, loaded=None):
     """Grow a zoo in its run folder and return its result; `loaded` is as for `build_dataset`."""
     device, precision, train, test = prepare(settings, loaded)
+    old = check_extension(settings, record(settings, device, precision), train, test) if settings.extend else []
     with open_folder(settings, device, precision, train, test) as folder:
-        return finish(settings, device, precision, *grow_zoo(settings, precision, train, test, folder))
+        for k in range(len(old)):
+            if not learner_path(folder, k).exists():
+                write_file(learner_path(folder, k), learner_path(Path(settings.extend), k).read_bytes())
+        return finish(settings, device, precision, *grow_zoo(settings, precision, train, test, folder, old))
 
 
-def grow_zoo(settings, precision, train, test, folder):
+def check_extension(settings, mine, train, test):
+    """Whether the learners of the run folder `settings.extend` are those that this run would begin with.
+
+    Args:
+        settings: this run's.
+        mine: the same, as `record` gives them.
+        train, test: `TaskData`.
+
+    Returns:
+        A tuple of tasks for each of its learners.
+
+    Raises:
+        ConfigError: they are not: other settings, other data, tasks that do not come first here; or a damaged file.
+    """
+    zoo, folder = Zoo.load(settings.extend, "cpu"), Path(settings.extend)
+    theirs = load_yaml(folder / "config.yaml")["settings"]
+    n = len(theirs["tasks"])
+    # A precision and a device may change on the way; what a file is called decides nothing.
+    apart = (*FREE, "data_config", "hp_config", "num_rounds", "device", "precision", "data", "names")
+    now = mine | {"tasks": mine["tasks"][:n], "tasks_per_round": min(mine["tasks_per_round"], n)}
+    for key in now:
+        if key not in apart and now[key] != theirs.get(key):
+            what = f"the first {n} tasks are" if key == "tasks" else f"{key} is {now[key]!r:.40}"
+            was = "other tasks" if key == "tasks" else f"{theirs.get(key)!r:.40}"
+            raise ConfigError(f"--extend: {what} not as in {folder}, which was run with {was}")
+    if checksum(train.first(n), test.first(n)) != theirs["data"]:
+        raise ConfigError(f"--extend: the data of the first {n} tasks are not those that {folder} was run on")
+    if len(zoo.learners) > settings.num_rounds:
+        raise ConfigError(f"--extend: {folder} holds {len(zoo.learners)} learners; --num_rounds must be at least that")
+    return [learner.tasks for learner in zoo.learners]
+
+
+def grow_zoo(settings, precision, train, test, folder, old=()):
     """The paper's algorithm, a round each turn of the loop; a learner already on disk is not trained again.
 
     Args:
@@ -146,6 +266,7 @@ def grow_zoo(settings, precision, train, test, folder):
         precision: fp32, bf16 or fp16.
         train, test: `TaskData` on the training device.
         folder: the run folder.
+        old: tasks of the learners that are there from the run that this one extends.
 
     Returns:
         matrix: [rounds][tasks] the zoo's test accuracy after each round, None where a task is not yet seen.
@@ -174,6 +295,7 @@ def grow_zoo(settings, precision, train, test, folder):
             else:
                 tasks, weights = choose_tasks(zoo, k, continual, settings.tasks_per_round, settings.naive,
                                               make_generator(seed, k, "draw"))  # fmt: skip
+                tasks = list(old[k]) if k < len(old) else tasks  # a draw on another machine may have gone otherwise
             learner = train_or_load(settings, precision, train, test, tasks, [train_rows(k, tasks, t) for t in tasks],
                                     [kept[t] for t in tasks], k, folder, log)  # fmt: skip
             zoo.add(learner)

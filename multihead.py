@@ -32,6 +32,8 @@ from utils.logger import (
     write_file,
 )
 from utils.run_net import (
+    MEAN,
+    STD,
     BadSnapshot,
     choose_device,
     choose_precision,
@@ -56,7 +58,7 @@ class Learner:
         seconds: of training and evaluation.
         rows_trained: training rows times epochs; a row that stands several times in an epoch counts as often.
         parameters: of the network with its heads.
-        net: the network's weights, where --save_nets asks for them.
+        net: what `load_net` makes the network from, where --save_nets asks for it.
     """
 
     tasks: tuple[int, ...]
@@ -165,9 +167,26 @@ def train_learner(settings, precision, train, test, tasks, rows, seen, round, lo
         test_logits.append(predict_logits(net, test.images, test.rows(t), *args))
         for logits in (train_logits[-1], test_logits[-1]):
             require_finite(logits.abs().max().item(), f"round {round}: after training the largest logit", values["lr"])
-    weights = {k: v.cpu() for k, v in net.state_dict().items()} if settings.save_nets else None
     cost = (time.perf_counter() - began, settings.epochs * n, sum(p.numel() for p in net.parameters()))
-    return Learner(tuple(tasks), tuple(train_logits), tuple(test_logits), *cost, weights)
+    saved = None
+    if settings.save_nets:
+        saved = {"model": settings.model, "image_shape": list(train.images.shape[1:]),
+                 "classes": [train.classes[t] for t in tasks], "dropout": settings.dropout, "mean": MEAN, "std": STD,
+                 "precision": precision, "state": {k: v.cpu() for k, v in net.state_dict().items()}}  # fmt: skip
+    return Learner(tuple(tasks), tuple(train_logits), tuple(test_logits), *cost, saved)
+
+
+def load_net(saved, device):
+    """Make the network of a `Learner.net`, ready to predict.
+
+    Raises:
+        KeyError, TypeError, ValueError, RuntimeError: it was written by another program.
+    """
+    if (saved["mean"], saved["std"]) != (MEAN, STD):
+        raise ValueError(f"its images had mean {saved['mean']} and deviation {saved['std']}, not {MEAN} and {STD}")
+    net = build_net(saved["model"], tuple(saved["image_shape"]), saved["classes"], saved["dropout"], seed=0)
+    net.load_state_dict(saved["state"])
+    return net.to(device, memory_format=torch.channels_last).eval()
 
 
 def train_or_load(settings, precision, train, test, tasks, rows, seen, round, folder, log):

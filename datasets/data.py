@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 
@@ -37,6 +38,12 @@ class TaskData:
     def rows(self, t):
         """Row numbers of task t, [N_t] int64."""
         return torch.arange(self.starts[t], self.starts[t + 1], device=self.images.device)
+
+    def first(self, n):
+        """The data of the first n tasks alone."""
+        end = self.starts[n]
+        return replace(self, images=self.images[:end], labels=self.labels[:end], starts=self.starts[: n + 1],
+                       classes=self.classes[:n])  # fmt: skip
 
     def to(self, device):
         """The same data on `device`."""
@@ -218,6 +225,49 @@ def load_or_download(name, torchvision_class, files, data_dir, shape, num_labels
         with contextlib.suppress(OSError):
             part.unlink()
     return splits
+
+
+def make_images(images, shape):
+    """New images as the networks take them.
+
+    Args:
+        images: an array uint8 [N, H, W] or [N, H, W, C], as in an npz file; or a tensor uint8 [N, C, H, W]; or a list
+            of image files, which are turned into C channels and resized to H x W (bilinear).
+        shape: (C, H, W).
+
+    Returns:
+        uint8 [N, C, H, W].
+
+    Raises:
+        DataError: another type or shape, or a file that is not an image.
+    """
+    if isinstance(images, (list, tuple)):
+        if not images:
+            raise DataError("no images")
+        images = np.stack([load_image(file, shape) for file in images])
+    if isinstance(images, np.ndarray):
+        images = torch.from_numpy(np.ascontiguousarray(images[..., None] if images.ndim == 3 else images))
+        images = images.permute(0, 3, 1, 2) if images.ndim == 4 else images
+    if images.dtype != torch.uint8 or images.ndim != 4 or tuple(images.shape[1:]) != tuple(shape):
+        raise DataError(f"images must be uint8 with (C, H, W) {tuple(shape)}, not {images.dtype} {list(images.shape)}")
+    return images
+
+
+def load_image(file, shape):
+    """Read an image file as uint8 [H, W, C], resized (bilinear) where it is of another size.
+
+    Raises:
+        DataError: not an image, or of more than 8 bits a channel.
+    """
+    channels, height, width = shape
+    try:
+        with Image.open(file) as image:
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(f"its pixels are of mode {image.mode}; 8 bits a channel are needed")
+            image = image.convert("RGB" if channels == 3 else "L").resize((width, height), Image.Resampling.BILINEAR)
+    except Exception as e:  # Pillow's readers raise nearly anything on a damaged file
+        raise DataError(f"{file}: not a readable image ({' '.join(str(e).split())[:120]})") from e
+    return np.asarray(image).reshape(height, width, channels)
 
 
 def checksum(train, test):

@@ -3,9 +3,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
-from datasets.data import DataError
+from datasets.data import DataError, load_image
 
 
 def load_image_folder(path, tasks, size):
@@ -48,14 +47,7 @@ def _load_split(folder, label_of, size):
         if not files:
             raise DataError(f"{folder / name}: no images of this class")
         for file in files:
-            try:
-                with Image.open(file) as image:
-                    if image.mode.startswith(("I", "F")):
-                        raise ValueError(f"its pixels are of mode {image.mode}; 8 bits a channel are needed")
-                    image = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
-            except Exception as e:  # Pillow's readers raise nearly anything on a damaged file
-                raise DataError(f"{file}: not a readable image ({' '.join(str(e).split())[:120]})") from e
-            images.append(np.asarray(image))
+            images.append(load_image(file, (3, size, size)))
             labels.append(label)
     images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
     return images, torch.tensor(labels)

@@ -91,6 +91,7 @@ class Settings:
     resume: bool = False
     save_nets: bool = False
     tensorboard: bool = False
+    extend: str | None = None  # run folder whose learners this run begins with
 
 
 @dataclass(frozen=True)
@@ -314,6 +315,7 @@ def make_parser(prog, method):
         p.add_argument("--naive", action="store_true", help="draw tasks uniformly, not by the zoo's loss")
         p.add_argument("--warm_start", action="store_true", help="before round 0, one learner on all tasks joins")
         p.add_argument("--save_nets", action="store_true", help="keep the networks' weights in the run folder")
+        p.add_argument("--extend", metavar="RUN", help="begin with the learners of this run folder (continual)")
     if method == "multihead":
         p.add_argument("--num_tasks", type=int, help="train on the dataset file's first tasks only (default: all)")
     if method == "hpo":
@@ -356,7 +358,8 @@ def read_search(prog, argv=None):
     if flags["name"] is None:
         flags["name"] = _default_name("hpo" if objective == "multihead" else "hpo-zoo", flags)
     if objective == "zoo":
-        zoo = {"continual": True, "warm_start": False, "num_rounds": None, "tasks_per_round": None, "replay_frac": None}
+        zoo = {"continual": True, "warm_start": False, "num_rounds": None, "tasks_per_round": None, "replay_frac": None,
+               "extend": None}  # fmt: skip
         settings = _make_settings("modelzoo", flags | zoo)
         settings = replace(settings, num_rounds=min(ZOO_ROUNDS, settings.num_rounds))
     else:
@@ -418,6 +421,8 @@ def _check_rounds(flags, num_tasks):
         check("--replay_frac", frac, float, 1e-6, 1)
     if frac is not None and frac < 1 and not continual:
         raise ConfigError("--replay_frac below 1 needs --continual: without it no task is ever past")
+    if flags["extend"] is not None and not continual:
+        raise ConfigError("--extend needs --continual: without it there is no newest task")
     if flags["warm_start"] and continual:
         raise ConfigError("--warm_start contradicts --continual: it trains on all tasks before the first round")
     rounds = flags["num_rounds"] or (num_tasks if continual else 10)

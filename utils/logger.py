@@ -23,7 +23,7 @@ from rich.table import Table
 
 from utils.config import ConfigError, load_yaml
 
-FREE = ("resume", "out", "name", "data_dir", "tensorboard")  # settings that may change when a run is resumed
+FREE = ("resume", "out", "name", "data_dir", "tensorboard", "extend")  # settings that may change when a run is resumed
 SEAL = b"sha256:"  # a tensor file ends in this and the checksum of all before it
 
 

@@ -11,6 +11,8 @@ from torch.optim.sgd import sgd
 from utils.config import ConfigError
 
 PAD = 4  # pixels of zeros around an image before it is cropped at random
+# Of the inputs' full range, whatever the data: their own statistics would leak information about tasks not yet seen.
+MEAN, STD = 0.5, 0.25
 
 
 class BadSnapshot(Exception):
@@ -57,11 +59,8 @@ def choose_precision(precision, device):
 
 
 def normalise(images):
-    """uint8 [B, C, H, W] to float32, mean 0.5 and standard deviation 0.25 of the full range.
-
-    These are constants because the data's own statistics would leak information about tasks not yet seen.
-    """
-    return images.float().div_(255 / 4).sub_(2)
+    """uint8 [B, C, H, W] to float32: (images / 255 - MEAN) / STD."""
+    return images.float().div_(255 * STD).sub_(MEAN / STD)
 
 
 def sample_crops(images, flip, generator):

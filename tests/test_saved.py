@@ -1,0 +1,189 @@
+"""Saved networks predict as stored; an extended run equals one that had all tasks from the start."""
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import modelzoo
+import multihead
+from datasets.data import DataError
+from modelzoo import Zoo
+from multihead import learner_path
+from tests.conftest import CONV, flags, make_arrays, write_yaml
+from tests.test_runs import numbers, start
+from utils.config import ConfigError
+from utils.logger import load_tensors, save_tensors
+
+ROOT = Path(__file__).parent.parent
+NAMES = ["dark", "middle", "bright"]
+
+
+@pytest.fixture
+def saved(workspace):
+    """A run with networks, of three named tasks; returns its folder."""
+    write_yaml(workspace / "data.yaml", {"dataset": "npz", "path": "toy.npz", "tasks": [[0, 1], [2, 3], [4, 5]],
+                                         "names": NAMES})  # fmt: skip
+    start(workspace, "a", "--continual", "--save_nets")
+    return workspace / "runs" / "a"
+
+
+def test_loaded_zoo_predicts_new_images_as_the_run_did(saved, tmp_path):
+    arrays = make_arrays()
+    zoo = Zoo.load(saved, "cpu")
+    assert zoo.names == NAMES
+    for t, name in enumerate(NAMES):
+        rows = np.concatenate([np.flatnonzero(arrays["test_labels"] == label) for label in (2 * t, 2 * t + 1)])
+        images = arrays["test_images"][rows]
+        stored = zoo.predict_log_probs(t).exp()
+        assert len(stored) == 10 and stored.sum(1).tolist() == pytest.approx([1] * 10)
+        for given in (images, images[..., 0], torch.from_numpy(images).permute(0, 3, 1, 2)):
+            torch.testing.assert_close(zoo.predict(given, name), stored, rtol=1e-5, atol=1e-6)
+        assert zoo.predict(images, t).equal(zoo.predict(images, name))
+    files = [tmp_path / f"{i}.png" for i in range(10)]
+    for file, image in zip(files, images, strict=True):
+        Image.fromarray(image[..., 0]).save(file)
+    torch.testing.assert_close(zoo.predict(files, 2), stored, rtol=1e-5, atol=1e-6)
+
+
+def test_a_fresh_process_needs_three_lines(saved):
+    code = (f"from modelzoo import Zoo\nzoo = Zoo.load({str(saved)!r}, device='cpu')\n"
+            f"print(zoo.predict(__import__('numpy').zeros((2, 24, 24), 'uint8'), 'dark').tolist())")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    expected = Zoo.load(saved, "cpu").predict(np.zeros((2, 24, 24), "uint8"), "dark")
+    torch.testing.assert_close(torch.tensor(json.loads(done.stdout), dtype=torch.float64), expected)
+
+
+def test_a_zoo_of_an_unfinished_run_is_its_learners_so_far(saved):
+    learner_path(saved, 2).unlink()
+    zoo = Zoo.load(saved, "cpu")
+    assert [learner.tasks[-1] for learner in zoo.learners] == [0, 1]
+    assert zoo.predict(np.zeros((3, 24, 24), "uint8"), 2).tolist() == [[0.5, 0.5]] * 3  # nobody knows the task yet
+
+
+@pytest.mark.parametrize(("images", "task", "message"), [
+    (np.zeros((2, 24, 25), "uint8"), 0, r"images must be uint8 with \(C, H, W\) \(1, 24, 24\)"),
+    (np.zeros((2, 24, 24)), 0, "must be uint8"),
+    (np.zeros((24, 24), "uint8"), 0, "must be uint8"),
+    ([], 0, "no images"),
+    (["missing.png"], 0, "missing.png: not a readable image"),
+    (np.zeros((2, 24, 24), "uint8"), "grey", "'grey' is not one of dark, middle, bright"),
+    (np.zeros((2, 24, 24), "uint8"), 3, "3 is not one of"),
+])  # fmt: skip
+def test_predict_refuses(saved, images, task, message):
+    with pytest.raises((ConfigError, DataError), match=message):
+        Zoo.load(saved, "cpu").predict(images, task)
+
+
+def change_net(folder, **changes):
+    path = learner_path(folder, 1)
+    content = load_tensors(path, "cpu")
+    content["net"].update(changes)
+    save_tensors(path, content)
+
+
+@pytest.mark.parametrize(("breakage", "message"), [
+    (lambda f: shutil.rmtree(f), "config.yaml: cannot be read"),
+    (lambda f: learner_path(f, 0).unlink(), "000.pt: cannot be read"),
+    (lambda f: learner_path(f, 1).write_bytes(learner_path(f, 1).read_bytes()[:-99]), "001.pt: damaged"),
+    (lambda f: learner_path(f, 1).write_bytes(b"cos\nsystem\n(S'touch EXECUTED'\ntR."), "001.pt: damaged"),
+    (lambda f: save_tensors(learner_path(f, 1), {"weights": 1}), "001.pt: damaged or foreign"),
+    (lambda f: change_net(f, state={}), "001.pt: damaged or foreign .*Missing key"),
+    (lambda f: change_net(f, model="transformer"), "001.pt: damaged or foreign .*transformer"),
+    (lambda f: change_net(f, mean=0.0), "001.pt: damaged or foreign .*mean 0.0"),
+    (lambda f: (f / "config.yaml").write_text("settings: 3"), "config.yaml: damaged or foreign"),
+])  # fmt: skip
+def test_a_damaged_or_foreign_run_is_one_line(saved, monkeypatch, tmp_path, breakage, message):
+    monkeypatch.chdir(tmp_path)
+    breakage(saved)
+    with pytest.raises(ConfigError, match=message) as e:
+        Zoo.load(saved, "cpu")
+    assert "\n" not in str(e.value)
+    assert not (tmp_path / "EXECUTED").exists()
+
+
+def test_without_save_nets_only_what_is_stored_can_be_read(workspace):
+    start(workspace, "a", "--continual")
+    zoo = Zoo.load(workspace / "runs" / "a", "cpu")
+    assert zoo.predict_log_probs(0).shape == (10, 2)
+    with pytest.raises(ConfigError, match="--save_nets"):
+        zoo.predict(np.zeros((2, 24, 24), "uint8"), 0)
+
+
+def shorten(workspace, n=2):
+    """A dataset file with the first n tasks alone."""
+    tasks = [[0, 1], [2, 3], [4, 5]][:n]
+    write_yaml(workspace / "short.yaml", {"dataset": "npz", "path": "toy.npz", "tasks": tasks})
+    return "--data_config", str(workspace / "short.yaml")
+
+
+@pytest.mark.parametrize("more", [(), ("--replay_frac", "0.3", "--save_nets"), ("--samples", "7", "--seed", "3")])
+def test_an_extended_run_equals_one_that_had_all_tasks_from_the_start(workspace, monkeypatch, more):
+    start(workspace, "old", "--continual", *more, *shorten(workspace))
+    whole = start(workspace, "whole", "--continual", *more)
+    trained, original = [], multihead.train_learner
+
+    def spy(settings, precision, train, test, tasks, *rest):
+        trained.append(tasks)
+        return original(settings, precision, train, test, tasks, *rest)
+
+    monkeypatch.setattr(multihead, "train_learner", spy)
+    runs = workspace / "runs"
+    extended = start(workspace, "new", "--continual", *more, "--extend", str(runs / "old"))
+    assert trained == [whole["rounds"][2]["tasks"]]  # the new round alone
+    assert numbers(extended) == numbers(whole)
+    for k in range(3):
+        a, b = (load_tensors(learner_path(runs / name, k), "cpu") for name in ("whole", "new"))
+        assert all(x.equal(y) for key in ("train_logits", "test_logits") for x, y in zip(a[key], b[key], strict=True))
+    # The old run is left as it was, and the new one does not need it any more.
+    shutil.rmtree(runs / "old")
+    (runs / "new" / "result.json").unlink()
+    assert numbers(start(workspace, "new", "--continual", *more, "--resume")) == numbers(whole)
+
+
+def test_more_rounds_of_the_same_tasks_are_an_extension_too(workspace):
+    start(workspace, "old", "--continual", "--num_rounds", "1")
+    extended = start(workspace, "new", "--continual", "--extend", str(workspace / "runs" / "old"))
+    assert numbers(extended) == numbers(start(workspace, "whole", "--continual"))
+
+
+def brighten(workspace):
+    arrays = make_arrays()
+    arrays["train_images"] += 1
+    np.savez(workspace / "data" / "toy.npz", **arrays)
+
+
+@pytest.mark.parametrize(("change", "more", "message"), [
+    (None, ["--seed", "1"], "seed is 1 not as in .*old, which was run with 0"),
+    (None, ["--save_nets"], "save_nets is True"),
+    (None, ["--tasks_per_round", "1"], "tasks_per_round is 1"),
+    (None, ["--num_rounds", "1"], "holds 2 learners"),
+    (lambda w: write_yaml(w / "hp.yaml", CONV | {"lr": 0.02}), [], "lr is 0.02 not as in"),
+    (lambda w: write_yaml(w / "data.yaml", {"dataset": "npz", "path": "toy.npz", "tasks": [[2, 3], [0, 1], [4, 5]]}),
+     [], "the first 2 tasks are not as in"),
+    (brighten, [], "the data of the first 2 tasks"),
+    (lambda w: learner_path(w / "runs" / "old", 1).write_bytes(b"cut"), [], "001.pt: damaged"),
+    (lambda w: shutil.rmtree(w / "runs" / "old"), [], "config.yaml: cannot be read"),
+])  # fmt: skip
+def test_what_cannot_be_extended_is_one_line_and_nothing_is_written(workspace, capsys, change, more, message):
+    start(workspace, "old", "--continual", *shorten(workspace))
+    if change:
+        change(workspace)
+    capsys.readouterr()
+    words = flags(workspace, "--name", "new", "--continual", "--extend", str(workspace / "runs" / "old"), *more)
+    assert multihead.command("modelzoo.py", "modelzoo", modelzoo.run, words) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert re.search(message, err), err
+    assert not (workspace / "runs" / "new").exists()
+
+
+def test_extend_needs_continual(workspace, capsys):
+    assert multihead.command("modelzoo.py", "modelzoo", modelzoo.run, flags(workspace, "--extend", "x")) == 2
+    assert "--extend needs --continual" in capsys.readouterr().err
