@@ -185,7 +185,7 @@ def warnings(groups, found):
 
 def make_tables(groups, found, differences):
     """The report's tables, accuracies in per cent."""
-    spread = (("n", "d"), ("mean", ".2f"), ("sd", ".2f"), ("95 % from", ".2f"), ("to", ".2f"))
+    spread = (("n", "d"), ("mean", "z.2f"), ("sd", "z.2f"), ("95 % from", "z.2f"), ("to", "z.2f"))
 
     def cells(s):
         return [s.n, *(None if x is None else 100 * x for x in (s.mean, s.sd, s.low, s.high))]

@@ -343,13 +343,13 @@ def task_names(tasks, names, limit=40):
 
 def print_result(result, names, folder):
     """Print a table a task, the metrics and where everything is."""
-    console, percent = make_console(), "{:.2f}".format
+    console, percent = make_console(), "{:z.2f}".format  # z: no minus before 0.00
     table = Table(box=box.SIMPLE_HEAD)
     for column in ("task", "first seen %", "final %", "change"):
         table.add_column(column, justify="left" if column == "task" else "right")
     for t, final in enumerate(result["accuracy"]):
         first = first_seen(result["accuracy_matrix"], result["rounds"], t)
-        change = f"{100 * (final - first):+.2f}"
+        change = f"{100 * (final - first):+z.2f}"
         table.add_row(escape(f"{t} {names[t]}"), percent(100 * first), percent(100 * final), change)
     console.print(table)
     for key in ("average_accuracy", "learning_accuracy", "forgetting", "backward_transfer"):
