@@ -19,8 +19,9 @@ class Dropout(nn.Module):
     def forward(self, x):
         if not self.training or self.p == 0:
             return x
-        keep = torch.empty_like(x).bernoulli_(1 - self.p, generator=self.generator)
-        return x * keep.div_(1 - self.p)
+        # A CPU draws uniform numbers at twice the rate of Bernoulli's; in float32, or p would be rounded with them.
+        keep = torch.empty_like(x, dtype=torch.float32).uniform_(generator=self.generator) >= self.p
+        return x * keep / (1 - self.p)
 
 
 class Block(nn.Module):
