@@ -179,6 +179,21 @@ def test_the_update_is_torchs_own_sgd():
         assert p.grad is None
 
 
+def test_the_loss_scaler_unscales_and_skips_infinite_gradients():
+    p = torch.tensor([2.0], requires_grad=True)
+    optimiser, scaler = SGD([p], torch.tensor(0.1), weight_decay=0.0), torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale((3 * p).sum()).backward()
+    assert p.grad.item() == 24
+    scaler.step(optimiser)
+    scaler.update()
+    assert p.item() == pytest.approx(2 - 0.1 * 3 * 1.9)  # Nesterov's first step: gradient times 1 + momentum
+    before = p.item()
+    scaler.scale((torch.inf * p).sum()).backward()
+    scaler.step(optimiser)
+    scaler.update()
+    assert (p.item(), scaler.get_scale()) == (before, 4.0)
+
+
 def test_a_step_is_taken_as_it_is_three_times_then_captured_once_and_replayed(monkeypatch):
     """The order of events, with a stand-in for CUDA; the stand-in's capture calls the step, as the real one does."""
     events = []

@@ -31,7 +31,7 @@ def make_generator(seed, round, purpose, device="cpu"):
 
 
 def choose_device(device):
-    """The torch device of `--device`: auto is CUDA if there, else the CPU.
+    """The torch device of `--device`: auto is CUDA if there, else the CPU. A CUDA device becomes the current one.
 
     Raises:
         ConfigError: a CUDA device that is not there.
@@ -42,6 +42,8 @@ def choose_device(device):
     device = torch.device(device)
     if device.type == "cuda" and (device.index or 0) >= count:
         raise ConfigError(f"--device: {device} is not there: torch sees {count} CUDA devices; cpu always works")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # streams and graphs are made on the current one
     return device
 
 
