@@ -117,9 +117,8 @@ class SGD:
     """
 
     # So `torch.amp.GradScaler` leaves it to the kernel to unscale gradients and to skip infinite ones, and need not
-    # wait for the device; it looks for gradients in `param_groups`.
+    # wait for the device. It looks for gradients in `param_groups`, and lends `grad_scale` and `found_inf` for a step.
     _step_supports_amp_scaling = True
-    grad_scale = found_inf = None
 
     def __init__(self, params, lr, weight_decay, momentum=0.9):
         self.params = list(params)
@@ -130,8 +129,9 @@ class SGD:
     @torch.no_grad()
     def step(self):
         """Move every parameter by its gradient, which is dropped."""
+        scaling = {key: getattr(self, key, None) for key in ("grad_scale", "found_inf")}
         sgd(self.params, [p.grad for p in self.params], self.velocity, fused=True, nesterov=True, dampening=0,
-            maximize=False, grad_scale=self.grad_scale, found_inf=self.found_inf, **self.settings)  # fmt: skip
+            maximize=False, **scaling, **self.settings)  # fmt: skip
         for p in self.params:
             p.grad = None
 
