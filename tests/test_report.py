@@ -116,7 +116,7 @@ def test_runs_that_differ_in_seed_only_are_one_group(tmp_path):
     folders.append(make_run(tmp_path / "again", [[0.9, 0.9]] * 2, seed=1))
     groups, notes = read_groups(folders)
     assert [(g.label, [run.seed for run in g.runs]) for g in groups] == [
-        ("Model Zoo, lr 0.01, no naive", [0, 1, 2]), ("Model Zoo, lr 0.1, no naive", [0]),
+        ("Model Zoo, lr 0.01", [0, 1, 2]), ("Model Zoo, lr 0.1", [0]),
         ("Model Zoo, lr 0.01, naive", [0])]  # fmt: skip
     assert notes == [f"{tmp_path}/again left out: {tmp_path}/zoo1 has the same settings and seed"]
 

@@ -249,7 +249,9 @@ def group_runs(runs):
         keys += [k for k in differing(peers) if k in ZOO_FLAGS]
         if "tasks" in keys:  # which says how many rounds there are
             keys = [k for k in keys if k != "num_rounds" or not runs[0].settings.get("continual")]
-        label = ", ".join([runs[0].kind, *(setting_text(runs[0], k) for k in keys if setting_text(runs[0], k))])
+        # A flag of the zoo that is off goes without saying.
+        texts = [setting_text(runs[0], k) for k in keys if not (k in ZOO_FLAGS and runs[0].settings.get(k) is False)]
+        label = ", ".join([runs[0].kind, *filter(None, texts)])
         labels.append(label + f" ({labels.count(label) + 1})" * (label in labels))
         drawn = [seed for run in runs if isinstance(run.seed, tuple) for seed in run.seed]
         if len(set(drawn)) < len(drawn):
