@@ -35,7 +35,13 @@ FREE = ("address", "cpus_per_trial", "gpus_per_trial", "device", "precision")  #
 
 
 def score_epochs(settings, precision, fit, held_out):
-    """Train Multi-Head on `fit`; yield its mean accuracy over tasks on `held_out` after each epoch."""
+    """Train Multi-Head on `fit`; yield its mean accuracy over tasks on `held_out`, in [0, 1], after each epoch.
+
+    Args:
+        settings: of the trial.
+        precision: fp32, bf16 or fp16.
+        fit, held_out: `TaskData` on the training device.
+    """
     tasks = range(len(fit.classes))
     for net, _, _ in train_epochs(settings, precision, fit, tasks, [fit.rows(t) for t in tasks], 0):
         accuracy = []
@@ -47,7 +53,7 @@ def score_epochs(settings, precision, fit, held_out):
 
 
 def score_rounds(settings, precision, fit, held_out):
-    """Grow a continual zoo on `fit`; yield its mean accuracy over the tasks seen, on `held_out`, after each round."""
+    """As `score_epochs`, of a continual zoo: its mean accuracy over the tasks seen, after each round."""
     from modelzoo import grow_zoo  # here alone: multihead and what it imports are all that other searches need
 
     with tempfile.TemporaryDirectory() as folder:
@@ -177,7 +183,16 @@ def print_trials(rows, settings, search):
 
 
 def run(settings, search, argv):
-    """Search, write the best settings and the trials, and return the trials from the best down."""
+    """Search, write the best settings and the trials, and return the trials from the best down, as `rank` does.
+
+    Args:
+        settings, search: as `read_search` gives them.
+        argv: the command line, for the head of the file.
+
+    Raises:
+        ConfigError, DataError: a mistake in settings or data, or no cluster.
+        RunError: no trial could be trained to the end.
+    """
     train = prepare(replace(settings, device="cpu", precision="fp32"))[2]
     fit, held_out = hold_out(train)
     connect(search.address)

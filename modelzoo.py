@@ -165,10 +165,10 @@ def task_weights(losses):
     """w_t = clip(exp((loss_t - m) / m), 1e-4, 1e3) with m the mean of `losses`; equal weights where m is 0.
 
     Args:
-        losses: the zoo's loss on each task that may be drawn.
+        losses: [n] the zoo's loss on each task that may be drawn, 0 or more.
 
     Returns:
-        Tensor like `losses`, float64.
+        [n] float64, in [1e-4, 1e3].
     """
     losses = torch.tensor(losses, dtype=torch.float64)
     mean = losses.mean()
@@ -176,12 +176,20 @@ def task_weights(losses):
 
 
 def sample_tasks(weights, n, generator):
-    """Draw n tasks without replacement, with probability proportional to their weights: a list of indices."""
+    """Draw n tasks without replacement, with probability proportional to their weights ([T] above 0): n indices."""
     return torch.multinomial(weights, n, replacement=False, generator=generator).tolist() if n else []
 
 
 def choose_tasks(zoo, k, continual, tasks_per_round, naive, generator):
     """The tasks of round k and the weights that they were drawn with.
+
+    Args:
+        zoo: the `Zoo` of the rounds before.
+        k: counted from 0.
+        continual: whether task k is new in round k.
+        tasks_per_round: tasks that the learner trains on, the new one included.
+        naive: draw with equal weights.
+        generator: on the CPU.
 
     Returns:
         tasks: indices into the config; in continual mode the new task, k, last.
@@ -195,7 +203,17 @@ def choose_tasks(zoo, k, continual, tasks_per_round, naive, generator):
 
 
 def sample_replay(train, t, replay_frac, generator):
-    """Rows of task t that may be looked at once it is past: floor(replay_frac x rows) of every class, at least 1."""
+    """Rows of task t that may be looked at once it is past: floor(replay_frac x rows) of every class, at least 1.
+
+    Args:
+        train: `TaskData`.
+        t: index of the task.
+        replay_frac: in (0, 1].
+        generator: on the CPU.
+
+    Returns:
+        [n] int64, ascending.
+    """
     if replay_frac == 1:
         return train.rows(t)
     rows, kept = train.rows(t), []
@@ -210,13 +228,18 @@ def sample_replay(train, t, replay_frac, generator):
 def replay_repeats(num_tasks, replay_frac):
     """How often a kept row of a past task stands in an epoch of a learner on n tasks: max(floor(1/((n-1)r)), 1).
 
-    So about half of every batch is the new task.
+    So about half of every batch is the new task. `num_tasks` is n, at least 2; `replay_frac` is r, in (0, 1].
     """
     return max(math.floor(1 / ((num_tasks - 1) * Fraction(repr(replay_frac)))), 1)
 
 
 def run(settings, loaded=None):
-    """Grow a zoo in its run folder and return its result; `loaded` is as for `build_dataset`."""
+    """Grow a zoo in its run folder and return its result; `loaded` is as for `build_dataset`.
+
+    Raises:
+        ConfigError, DataError: a mistake in settings or data; nothing was written.
+        RunError: training diverged or the disk refused; what was written before is safe.
+    """
     device, precision, train, test = prepare(settings, loaded)
     old = check_extension(settings, record(settings, device, precision), train, test) if settings.extend else []
     with open_folder(settings, device, precision, train, test) as folder:

@@ -177,7 +177,7 @@ def train_learner(settings, precision, train, test, tasks, rows, seen, round, lo
 
 
 def load_net(saved, device):
-    """Make the network of a `Learner.net`, ready to predict.
+    """Make the network of a `Learner.net` on `device`, ready to predict: a `MultiHead`.
 
     Raises:
         KeyError, TypeError, ValueError, RuntimeError: it was written by another program.
@@ -218,7 +218,7 @@ def learner_path(folder, round):
 
 
 def save_learner(path, learner):
-    """Write all that a `Learner` holds."""
+    """Write all that a `Learner` holds; a `RunError` where the disk refuses."""
     logits = {key: [x.cpu() for x in getattr(learner, key)] for key in ("train_logits", "test_logits")}
     rest = {key: getattr(learner, key) for key in (*COST, "net")}
     save_tensors(path, {"tasks": list(learner.tasks), **rest, **logits})
@@ -235,7 +235,10 @@ def make_learner(saved):
 
 
 def load_learner(path, train, test, tasks, seen, log):
-    """Read a learner that an earlier process trained; None where there is none that is whole and of these tasks."""
+    """Read a learner that an earlier process trained; None where there is none that is whole and of these tasks.
+
+    Arguments as of `train_learner`; a file that does not fit is set aside, one that cannot be read is a `RunError`.
+    """
     saved = load_whole(path, train.images.device, log)
     if saved is None:
         return None
@@ -262,7 +265,11 @@ def prepare(settings, loaded=None):
         loaded: as for `build_dataset`.
 
     Returns:
-        device, precision, train, test.
+        device, precision (fp32, bf16 or fp16), and train and test, `TaskData` on the device.
+
+    Raises:
+        ConfigError: no such device, or images too small for the model.
+        DataError: see `build_dataset`.
     """
     device = choose_device(settings.device)
     precision = choose_precision(settings.precision, device)
@@ -282,7 +289,7 @@ def open_folder(settings, device, precision, train, test):
     """Hold the run folder as its only writer, and yield its path.
 
     The test labels lie in it, so that a new metric, or an ensemble of runs, needs run folders alone; and a checksum of
-    the data, so that a run is never gone on with on others.
+    the data, so that a run is never gone on with on others. Errors as of `open_run`.
     """
     folder = Path(settings.out) / settings.name
     about = record(settings, device, precision) | {"data": checksum(train, test)}
@@ -301,7 +308,7 @@ def record(settings, device, precision):
 
 
 def finish(settings, device, precision, matrix, rounds, cost):
-    """Write result.json, the last file of a run; README.md defines every key. Print and return it."""
+    """Write result.json, the last file, of what `grow_zoo` returned; README.md defines its keys. Print, return it."""
     result = {
         "method": settings.method,
         "average_accuracy": metrics.average_accuracy(matrix),
@@ -323,7 +330,7 @@ def finish(settings, device, precision, matrix, rounds, cost):
 
 
 def run(settings, loaded=None):
-    """Train Multi-Head in its run folder and return its result; `loaded` is as for `build_dataset`."""
+    """Train Multi-Head in its run folder and return its result; `loaded` and errors as of `modelzoo.run`."""
     device, precision, train, test = prepare(settings, loaded)
     tasks = list(range(len(settings.tasks)))
     rows = [train.rows(t) for t in tasks]

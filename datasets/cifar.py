@@ -7,12 +7,19 @@ NOISY = 100  # CIFAR-100's label + NOISY: the same class, whose training labels 
 
 
 def load_cifar10(data_dir):
-    """(train_images, train_labels), (test_images, test_labels), as `load_npz` gives them."""
+    """(train_images, train_labels), (test_images, test_labels), as `load_npz` gives them; label = class 0 .. 9.
+
+    Raises:
+        DataError: see `load_or_download`.
+    """
     return load_or_download("cifar10", "CIFAR10", "cifar-10-batches-py", data_dir, (32, 32, 3), 10)
 
 
 def load_cifar100(data_dir, labels):
-    """As `load_cifar10`, with the fine labels 0 .. 99; each label + 100 among `labels` adds its class once more."""
+    """As `load_cifar10`, with the fine labels 0 .. 99; each label + 100 among `labels` adds its class once more.
+
+    The rows of label + 100 are those of the class and still have its labels: `make_tasks` randomises them.
+    """
     splits = load_or_download("cifar100", "CIFAR100", "cifar-100-python", data_dir, (32, 32, 3), 100)
     again = torch.tensor([label - NOISY for label in labels if label >= NOISY])
     if len(again) == 0:

@@ -77,7 +77,10 @@ def load_cache(path, num_classes):
 def load_mini_imagenet(data_dir):
     """(train_images, train_labels), (test_images, test_labels), as `load_npz` gives them.
 
-    The first 80 % of a class's rows train, the rest test.
+    The first 80 % of a class's rows train, the rest test. `<data_dir>/mini_imagenet.npz` goes before the three caches.
+
+    Raises:
+        DataError: see `load_cache`.
     """
     npz = Path(data_dir) / "mini_imagenet.npz"
     if npz.exists():

@@ -3,5 +3,9 @@ from datasets.data import load_or_download
 
 
 def load_mnist(data_dir):
-    """(train_images, train_labels), (test_images, test_labels), as `load_npz` gives them; label = digit."""
+    """(train_images, train_labels), (test_images, test_labels), as `load_npz` gives them; label = digit.
+
+    Raises:
+        DataError: see `load_or_download`.
+    """
     return load_or_download("mnist", "MNIST", "MNIST/raw", data_dir, (28, 28, 1), 10)

@@ -36,6 +36,9 @@ def modify(splits, labels, kind):
         splits: (train_images, train_labels), (test_images, test_labels) of plain digits.
         labels: the labels 10x + y wanted.
         kind: "rotated" or "permuted".
+
+    Returns:
+        splits: as given, [N, 1, H, W] uint8 and [N] int64, with the labels 10x + y.
     """
     def modify_split(images, digits):
         out_images, out_labels = [], []

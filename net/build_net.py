@@ -10,6 +10,10 @@ from net.wideresnet import Dropout, WideResNet
 class Heads(nn.Module):
     """One linear layer a task, as one weight that each row gathers its own slice of: no loop, no waiting for the host.
 
+    Args:
+        features: D.
+        classes: [T], C_t of each task.
+
     Attributes:
         weight: [T, C_max, D]; rows past C_t are never used.
         bias: [T, C_max].
@@ -56,6 +60,9 @@ def build_net(model, image_shape, classes, dropout, seed):
         classes: [T], how many classes each head tells apart.
         dropout: between the two convolutions of a block, in [0, 1); conv has none.
         seed: of the initial weights; torch's global generator is left as it was.
+
+    Returns:
+        A `MultiHead`.
 
     Raises:
         ValueError: the images are too small for the model.

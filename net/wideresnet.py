@@ -7,6 +7,9 @@ from torch.nn import functional as F
 class Dropout(nn.Module):
     """Dropout that draws from the generator it is given, not from torch's global one.
 
+    Args:
+        p: share of values set to 0 in training, in [0, 1); the others are multiplied by 1 / (1 - p).
+
     Attributes:
         generator: set before training; on the device of the input.
     """
@@ -25,7 +28,10 @@ class Dropout(nn.Module):
 
 
 class Block(nn.Module):
-    """Batch norm, ReLU, convolution, dropout, batch norm, ReLU, convolution, plus the shortcut."""
+    """Batch norm, ReLU, convolution, dropout, batch norm, ReLU, convolution, plus the shortcut.
+
+    [B, in_width, H, W] -> [B, width, H / stride, W / stride].
+    """
 
     def __init__(self, in_width, width, stride, dropout):
         super().__init__()

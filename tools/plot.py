@@ -37,7 +37,11 @@ NO_DATE = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}
 
 @contextlib.contextmanager
 def style():
-    """Matplotlib with this file's style; only here is it imported, so that reports need it for --html alone."""
+    """Matplotlib with this file's style; only here is it imported, so that reports need it for --html alone.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
     try:
         import matplotlib
     except ModuleNotFoundError as e:
@@ -55,6 +59,10 @@ def make_figure(height, **layout):
 
 def choose(kind, groups):
     """The groups that a figure of this kind can show together.
+
+    Args:
+        kind: a key of KINDS.
+        groups: as `group_runs` gives them.
 
     Returns:
         chosen: groups.
@@ -310,13 +318,13 @@ KINDS = {
 
 
 def draw(kind, groups):
-    """A figure of this kind of groups that `choose` lets stand together, labelled by what tells these apart."""
+    """A matplotlib figure of groups that `choose` lets stand together, labelled by what tells these apart."""
     with style():
         return KINDS[kind][2](group_runs([run for group in groups for run in group.runs])[0])
 
 
 def save(figure, ending):
-    """The figure as the bytes of a png, pdf or svg file."""
+    """The figure as the bytes of a file; `ending` is png, pdf or svg."""
     data = io.BytesIO()
     with style():
         figure.savefig(data, format=ending, metadata=NO_DATE[ending])
@@ -324,7 +332,11 @@ def save(figure, ending):
 
 
 def main(argv=None):
-    """Draw one figure; return the exit status."""
+    """Draw one figure; return the exit status.
+
+    Raises:
+        ConfigError: nothing to draw, or a wrong flag or file.
+    """
     p = Parser(prog="plot.py", description="Figures of run folders; several seeds of the same settings are averaged.",
                epilog="kinds: " + "; ".join(f"{kind}: {title}" for kind, (title, _, _) in KINDS.items()))  # fmt: skip
     p.add_argument("kind", choices=KINDS)

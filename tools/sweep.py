@@ -69,7 +69,11 @@ def make_grid_parser():
 
 
 def read_seeds(where, text):
-    """[0, 1, 2, 5] of "0-2,5"."""
+    """[0, 1, 2, 5] of "0-2,5".
+
+    Raises:
+        ConfigError: another text, or over 100,000 seeds; the line opens with `where`.
+    """
     if not re.fullmatch(r"\d{1,18}(-\d{1,18})?(,\d{1,18}(-\d{1,18})?)*", text):
         raise ConfigError(f"{where}: {text!r} is not a list of seeds such as 0-4 or 0,2,5-7")
     ends = [[int(end) for end in part.split("-")] for part in text.split(",")]

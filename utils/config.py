@@ -287,7 +287,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser(prog, method):
-    """Build the command line of `method` (modelzoo, multihead, hpo); a misspelt flag is an error, not a guess."""
+    """Build the `Parser` of `method` (modelzoo, multihead, hpo); a misspelt flag is an error, not a guess."""
     about = {
         "modelzoo": "Grow a Model Zoo: an ensemble of multi-head networks, one a round.",
         "multihead": "Train one network with a head a task on all tasks at once: the joint baseline.",
@@ -369,7 +369,11 @@ def read_search(prog, argv=None):
 
 
 def check_shares(what, cpus, gpus, device):
-    """Refuse shares of a machine that Ray would not grant to a `what` (trial, run), or that contradict `device`."""
+    """Refuse shares of a machine that Ray would not grant to a `what` (trial, run), or that contradict `device`.
+
+    Raises:
+        ConfigError: the line names the flag.
+    """
     check(f"--cpus_per_{what}", cpus, float, above=0, high=10**4)
     for name, share in (("cpus", cpus), ("gpus", gpus or 0.0)):
         check(f"--{name}_per_{what}", share, float, 0, 10**4)

@@ -136,7 +136,11 @@ def describe_hardware(device):
 
 
 def save_tensors(path, tree):
-    """Write dicts, lists, numbers, texts and tensors to `path`, as `write_file` does, sealed with a checksum."""
+    """Write dicts, lists, numbers, texts and tensors to `path`, as `write_file` does, sealed with a checksum.
+
+    Raises:
+        RunError: see `write_file`.
+    """
     buffer = io.BytesIO()
     torch.save(tree, buffer)
     data = buffer.getvalue()
@@ -160,7 +164,11 @@ def load_tensors(path, device):
 
 
 def load_whole(path, device, log):
-    """What `save_tensors` wrote to `path`; None where there is none or, reported and set aside, a damaged one."""
+    """What `save_tensors` wrote to `path`; None where there is none or, reported and set aside, a damaged one.
+
+    Raises:
+        RunError: the file is there and cannot be read, or not be renamed.
+    """
     try:
         return load_tensors(path, device)
     except FileNotFoundError:
@@ -173,7 +181,7 @@ def load_whole(path, device, log):
 
 
 def set_aside(path, why, log):
-    """Rename a file that cannot be used, and say so."""
+    """Rename a file that cannot be used, and say so and why; a `RunError` where the disk refuses."""
     aside = path.with_name(f"{path.name}.damaged")
     try:
         path.replace(aside)
@@ -257,7 +265,7 @@ class RunLog:
         self.console.print(line, markup=False, soft_wrap=True)
 
     def write(self, **values):
-        """Append a line to log.jsonl."""
+        """Append a line to log.jsonl; a `RunError` where the disk refuses."""
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")
@@ -267,7 +275,7 @@ class RunLog:
             self.events.add(**values)
 
     def read(self):
-        """The whole lines of log.jsonl, as dicts."""
+        """The whole lines of log.jsonl, as dicts; a `RunError` where it is there and cannot be read."""
         try:
             lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
         except FileNotFoundError:

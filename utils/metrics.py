@@ -8,12 +8,12 @@ from torch.nn import functional as F
 
 
 def accuracy(scores, labels):
-    """Share of rows whose highest score, of scores [N, C], is that of their label ([N] int64)."""
+    """Share of rows, in [0, 1], whose highest score, of scores [N, C], is that of their label ([N] int64)."""
     return (scores.argmax(1) == labels).double().mean().item()
 
 
 def negative_log_likelihood(log_probs, labels):
-    """Mean over rows of -log p(label), of log_probs [N, C]."""
+    """Mean over rows of -log p(label) in nats, of log_probs [N, C] and labels [N] int64."""
     return F.nll_loss(log_probs, labels).item()
 
 
