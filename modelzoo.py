@@ -294,7 +294,7 @@ def grow_zoo(settings, precision, train, test, folder, old=()):
     Returns:
         matrix: [rounds][tasks] the zoo's test accuracy after each round, None where a task is not yet seen.
         rounds: a dict a round, as in result.json.
-        cost: of all learners together: seconds, rows_trained, parameters.
+        cost: of all learners together: seconds, rows_trained, parameters; and stored_rows.
     """
     continual, seed, r = settings.continual, settings.seed, settings.replay_frac
     num_tasks = settings.num_rounds if continual else len(settings.tasks)
@@ -333,7 +333,9 @@ def grow_zoo(settings, precision, train, test, folder, old=()):
             log.print(f"{'warm start' if k == WARM else f'round {k + 1}/{settings.num_rounds}'}: "
                       f"{', '.join(names[t] for t in tasks)}: zoo's test accuracy {100 * mean:.2f} % on {seen} "
                       f"task{'s' * (seen > 1)} seen, {learner.seconds:.1f} s")  # fmt: skip
-    return matrix, rounds, {key: sum(getattr(learner, key) for learner in zoo.learners) for key in COST}
+    cost = {key: sum(getattr(learner, key) for learner in zoo.learners) for key in COST}
+    revisits = not continual or settings.tasks_per_round > 1
+    return matrix, rounds, cost | {"stored_rows": revisits * sum(map(len, kept))}
 
 
 if __name__ == "__main__":

@@ -345,7 +345,8 @@ def run(settings, loaded=None):
         loss = [metrics.negative_log_likelihood(log_probs[t], train.labels[rows[t]]) for t in tasks]
         log.log_round(0, tasks=tasks, test_accuracy=sum(accuracy) / len(tasks), seconds=learner.seconds)
         rounds = [{"tasks": tasks, "weights": [], "train_loss": loss, "seconds": learner.seconds}]
-        return finish(settings, device, precision, [accuracy], rounds, {key: getattr(learner, key) for key in COST})
+        cost = {key: getattr(learner, key) for key in COST} | {"stored_rows": len(train.labels)}
+        return finish(settings, device, precision, [accuracy], rounds, cost)
 
 
 class Stopped(BaseException):

@@ -39,7 +39,7 @@ def test_ensemble_by_hand(tmp_path):
     assert run.kind == "ensemble of 2 Isolated"
     assert run.matrix == [[0.75]]
     assert run.seed == (0, 1)
-    assert run.cost == {"networks": 2, "seconds": 4.0, "rows_trained": 600, "parameters": 80}
+    assert run.cost == {"networks": 2, "seconds": 4.0, "rows_trained": 600, "parameters": 80, "stored_rows": None}
     assert make_ensemble(make_pair(tmp_path / "joint", method="multihead")).kind == "ensemble of 2 Multi-Head"
 
 

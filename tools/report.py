@@ -192,10 +192,15 @@ def make_tables(groups, found, differences):
 
     accuracy, others, settings = [], [], []
     differ = differing([g.runs[0] for g in groups])
+    costs = {"networks": ("networks a task", ".1f"), "rows_trained": ("rows trained", ",.0f"),
+             "stored_rows": ("rows stored", ",.0f"), "parameters": ("parameters", ",.0f"),
+             "seconds": ("seconds", ",.0f")}  # fmt: skip
+    if not any("stored_rows" in of_group for of_group in found.values()):
+        del costs["stored_rows"]
     for g in groups:
         cost = {key: summarise(list(found[g.label].get(key, {}).values())).mean for key in g.runs[0].cost}
         accuracy.append([g.label, *cells(summarise(list(found[g.label]["average_accuracy"].values()))), *(
-            cost[key] for key in ("networks", "rows_trained", "parameters", "seconds"))])  # fmt: skip
+            cost[key] for key in costs)])  # fmt: skip
         for metric, values in found[g.label].items():
             if metric not in ("average_accuracy", *g.runs[0].cost):
                 others.append([g.label, words(metric), *cells(summarise(list(values.values())))])
@@ -203,10 +208,9 @@ def make_tables(groups, found, differences):
         origin = [f"{key} {'; '.join(dict.fromkeys(run.about[key] for run in g.runs))}" for key in g.runs[0].about]
         texts = [text for key in differ if (text := setting_text(g.runs[0], key))]
         settings.append([g.label, " ".join(seeds), ", ".join(texts), ", ".join(origin)])
-    cost = (("networks a task", ".1f"), ("rows trained", ",.0f"), ("parameters", ",.0f"), ("seconds", ",.0f"))
     found_differences = [[a, b, words(m), test, *cells(s), s.p] for a, b, m, test, s in differences]
     return [table for table in (
-        Table("Average accuracy (%) and what it costs", (("group", ""), *spread, *cost), accuracy),
+        Table("Average accuracy (%) and what it costs", (("group", ""), *spread, *costs.values()), accuracy),
         Table("Other metrics (%)", (("group", ""), ("metric", ""), *spread), others),
         Table("Differences (percentage points; on the same seeds where there are any; p not corrected for many tests)",
               (("group", ""), ("minus", ""), ("metric", ""), ("t-test", ""), *spread, ("p", ".2g")), found_differences),

@@ -8,13 +8,15 @@ from pathlib import Path
 from modelzoo import WARM, Zoo, ensemble_log_probs
 from multihead import COST, learner_path, make_learner
 from utils import metrics
-from utils.config import ConfigError, load_yaml
+from utils.config import PEER_FLAGS, PEERS, ConfigError, load_yaml
 from utils.logger import FREE, RunError, load_tensors, task_names
 
 # Settings that may differ within a group: those that decide nothing, and the files, which count by what they say.
 APART = (*FREE, "save_nets", "seed", "names", "data_config", "hp_config")
 DATA = ("dataset", "path", "size", "tasks")  # one setting here: which tasks
 ZOO_FLAGS = ("num_rounds", "tasks_per_round", "replay_frac", "naive", "warm_start")
+OWN_FLAGS = (*ZOO_FLAGS, *PEER_FLAGS)  # mean something for some kinds of run only
+PEER_KINDS = {f"avalanche-{method}": f"Avalanche {name}" for method, name in PEERS.items()}
 METRICS = ("average_accuracy", "learning_accuracy", "forgetting", "backward_transfer")
 
 
@@ -24,14 +26,15 @@ class Run:
 
     Attributes:
         path: of its folder (an ensemble: of all, in one text).
-        kind: Model Zoo, Isolated, Multi-Head, ...
+        kind: Model Zoo, Isolated, Multi-Head, Avalanche Replay, ...
         seed: whole number (an ensemble: a tuple of those of its members).
         settings: what decides the run, without the seed; the keys of DATA stand as one, tasks.
         names: [T] of the tasks seen.
         tasks: what was learned: dataset, path, size and the source labels of each task seen, in one text.
         matrix: [rounds][T] test accuracy in [0, 1], None where a task was not yet seen.
         rounds: a dict a round, with tasks and weights, as in result.json; none in an ensemble.
-        cost: networks (that speak for a task, mean over tasks), seconds, rows_trained, parameters; None where unknown.
+        cost: networks (that speak for a task, mean over tasks), seconds, rows_trained, parameters,
+            stored_rows; None where unknown.
         about: commit, hardware and torch's version, as texts.
     """
 
@@ -116,7 +119,7 @@ def _parse(path, result, about):
     need(isinstance(result, dict), "not a mapping")
     config, matrix, rounds, classes = (result[key] for key in ("config", "accuracy_matrix", "rounds", "classes"))
     need(all(isinstance(task, list) and len(task) > 1 for task in classes), "classes")
-    need(config["method"] == result["method"] in ("modelzoo", "multihead"), "method")
+    need(config["method"] == result["method"] in ("modelzoo", "multihead", *PEER_KINDS), "method")
     continual = config["continual"]
     need(isinstance(continual, bool) and isinstance(config["seed"], int), "config")
     need(len(matrix) == len(rounds) > 0 and (not continual or len(matrix) == len(classes)), "rounds")
@@ -126,14 +129,16 @@ def _parse(path, result, about):
         need(all(number(x, 1) if t < seen else x is None for t, x in enumerate(row)), "accuracy_matrix")
         need(all(isinstance(t, int) and 0 <= t < len(classes) for t in r["tasks"]), "rounds: tasks")
         need(len(r["weights"]) <= len(classes) and all(number(w) for w in r["weights"]), "rounds: weights")
-    if config["method"] == "multihead":
+    if config["method"] in PEER_KINDS:
+        kind = PEER_KINDS[config["method"]]
+    elif config["method"] == "multihead":
         kind = "Multi-Head"
     elif continual:
         kind = "Isolated" if config["tasks_per_round"] == 1 else "Model Zoo"
     else:
         kind = "Model Zoo, multi-task"
     heads = sum(len(r["tasks"]) for r in rounds) + len(classes) * config["warm_start"]
-    cost = {"networks": heads / len(classes)} | {key: result.get(key) for key in COST}
+    cost = {"networks": heads / len(classes)} | {key: result.get(key) for key in (*COST, "stored_rows")}
     need(all(x is None or number(x) for x in cost.values()), "cost")
     data = [config[key] for key in DATA]
     names = tuple(map(printable, task_names(config["tasks"], config["names"])[: len(classes)]))
@@ -213,7 +218,7 @@ def make_ensemble(paths):
     cost = {}
     for key in first.cost:
         values = [run.cost[key] for run in runs]
-        cost[key] = None if None in values else sum(values)
+        cost[key] = None if None in values else max(values) if key == "stored_rows" else sum(values)
     kinds = {run.kind for run in runs}
     about = {key: "; ".join(dict.fromkeys(run.about[key] for run in runs)) for key in first.about}
     settings = {k: v for k, v in first.settings.items() if all(run.settings.get(k) == v for run in runs)}
@@ -245,8 +250,8 @@ def group_runs(runs):
     labels = []
     for runs in members:
         peers = [r[0] for r in members if r[0].kind == runs[0].kind]
-        keys = [k for k in differing([r[0] for r in members]) if k not in ZOO_FLAGS]
-        keys += [k for k in differing(peers) if k in ZOO_FLAGS]
+        keys = [k for k in differing([r[0] for r in members]) if k not in OWN_FLAGS]
+        keys += [k for k in differing(peers) if k in OWN_FLAGS]
         if "tasks" in keys:  # which says how many rounds there are
             keys = [k for k in keys if k != "num_rounds" or not runs[0].settings.get("continual")]
         # A flag of the zoo that is off goes without saying.
@@ -268,9 +273,11 @@ def differing(runs):
 
 def setting_text(run, key):
     """A setting in words; "" where it means nothing for this kind of run."""
-    if key not in run.settings or (key in ZOO_FLAGS and run.settings.get("method") == "multihead"):
+    if key not in run.settings or (key in ZOO_FLAGS and run.settings.get("method") in ("multihead", *PEER_KINDS)):
         return ""
     value = run.settings[key]
+    if key in PEER_FLAGS and value is None:
+        return ""
     if isinstance(value, bool):
         return key if value else f"no {key}"
     return value if key == "tasks" else f"{key} {printable(value)}"

@@ -33,6 +33,9 @@ MODELS = ("conv", "wrn16_4", "wrn28_10")
 SCHEDULES = ("cosine", "constant")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 OBJECTIVES = ("multihead", "zoo")
+# Methods of Avalanche that tools/peers.py runs, the names that Avalanche gives them, and the flags of single ones.
+PEERS = {"naive": "Naive", "replay": "Replay", "ewc": "EWC", "agem": "AGEM", "joint": "JointTraining"}
+PEER_FLAGS = {"memory": ("replay", "agem"), "ewc_lambda": ("ewc",)}
 ZOO_ROUNDS = 5  # of the short continual zoo that a search may train
 
 # The values that a hyper-parameter key may have, as `check` takes them.
@@ -72,7 +75,7 @@ class Settings:
     schedule: str
     augment: bool  # never with one epoch
     # flags
-    method: str  # modelzoo, multihead
+    method: str  # modelzoo, multihead, avalanche-naive, ...
     data_config: str
     hp_config: str
     samples: int | None  # training rows a class at most
@@ -92,6 +95,14 @@ class Settings:
     save_nets: bool = False
     tensorboard: bool = False
     extend: str | None = None  # run folder whose learners this run begins with
+
+
+@dataclass(frozen=True)
+class PeerSettings(Settings):
+    """A run of another library's method; None where the method has no use for it."""
+
+    memory: int | None = None  # rows stored in all (None: all of them)
+    ewc_lambda: float | None = None
 
 
 @dataclass(frozen=True)
@@ -287,13 +298,18 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser(prog, method):
-    """Build the `Parser` of `method` (modelzoo, multihead, hpo); a misspelt flag is an error, not a guess."""
+    """Build the `Parser` of `method` (modelzoo, multihead, hpo, peers); a misspelt flag is an error, not a guess."""
     about = {
         "modelzoo": "Grow a Model Zoo: an ensemble of multi-head networks, one a round.",
         "multihead": "Train one network with a head a task on all tasks at once: the joint baseline.",
         "hpo": "Search training settings on rows held out of the training set, on this machine or on a Ray cluster.",
+        "peers": "Run Avalanche's methods on the same tasks, rows, network and settings as ours.",
     }
     p = Parser(prog=prog, description=about[method], allow_abbrev=False)
+    if method == "peers":
+        p.add_argument("methods", nargs="+", metavar="METHOD", choices=PEERS, help=", ".join(PEERS))
+        p.add_argument("--memory", type=int, help="rows that replay and agem store in all (default: every row)")
+        p.add_argument("--ewc_lambda", type=float, default=1.0, help="weight of EWC's penalty (default: 1)")
     p.add_argument("--data_config", required=True, help="dataset file: config/dataset/*.yaml")
     p.add_argument("--hp_config", required=True, help="hyper-parameter file: config/hyperparam/*.yaml")
     p.add_argument("--samples", type=int, help="training rows a class at most (default: all)")
@@ -305,7 +321,7 @@ def make_parser(prog, method):
     p.add_argument("--resume", action="store_true", help="go on with what has this name, or start it")
     p.add_argument("--device", default="auto", help="auto (CUDA if there, else CPU), cpu, cuda, cuda:1, ...")
     p.add_argument("--precision", default="auto", help="auto (bf16 on CUDA, fp32 on CPU), fp32, bf16 or fp16")
-    if method != "hpo":
+    if method in ("modelzoo", "multihead"):
         p.add_argument("--tensorboard", action="store_true", help="also write TensorBoard events into the run folder")
     if method == "modelzoo":
         p.add_argument("--continual", action="store_true", help="tasks arrive one a round, in the file's order")
@@ -316,7 +332,7 @@ def make_parser(prog, method):
         p.add_argument("--warm_start", action="store_true", help="before round 0, one learner on all tasks joins")
         p.add_argument("--save_nets", action="store_true", help="keep the networks' weights in the run folder")
         p.add_argument("--extend", metavar="RUN", help="begin with the learners of this run folder (continual)")
-    if method == "multihead":
+    if method in ("multihead", "peers"):
         p.add_argument("--num_tasks", type=int, help="train on the dataset file's first tasks only (default: all)")
     if method == "hpo":
         p.add_argument("--objective", default="multihead",
@@ -368,6 +384,32 @@ def read_search(prog, argv=None):
     return settings, Search(space=space, **{f.name: flags[f.name] for f in fields(Search) if f.name != "space"})
 
 
+def read_peers(prog, argv=None):
+    """Read the command line and both files of runs of other methods: a list of `PeerSettings`, one a method.
+
+    Raises:
+        ConfigError: see `read_settings`.
+    """
+    flags = vars(make_parser(prog, "peers").parse_args(argv))
+    methods = list(dict.fromkeys(flags["methods"]))
+    if flags["name"] is not None and len(methods) > 1:
+        raise ConfigError(f"--name: one name cannot serve {len(methods)} methods; leave it out, or give one METHOD")
+    if flags["precision"] == "fp16":
+        raise ConfigError("--precision: fp16 needs its losses scaled, which Avalanche does not do; take fp32 or bf16")
+    if flags["memory"] is not None:
+        check("--memory", flags["memory"], int, 1, 10**9)
+    check("--ewc_lambda", flags["ewc_lambda"], float, 0, below=math.inf)
+    found = []
+    for method in methods:
+        own = {flag: flags[flag] if method in users else None for flag, users in PEER_FLAGS.items()}
+        settings = _make_settings(f"avalanche-{method}", flags | own, PeerSettings)
+        n = len(settings.tasks)
+        if method == "agem" and own["memory"] is not None and own["memory"] < n:
+            raise ConfigError(f"--memory: {own['memory']} must be at least {n}, the number of tasks, with agem")
+        found.append(settings if method == "joint" else replace(settings, continual=True, num_rounds=n))
+    return found
+
+
 def check_shares(what, cpus, gpus, device):
     """Refuse shares of a machine that Ray would not grant to a `what` (trial, run), or that contradict `device`.
 
@@ -385,8 +427,8 @@ def check_shares(what, cpus, gpus, device):
         raise ConfigError(f"--gpus_per_{what} {gpus} contradicts --device cpu")
 
 
-def _make_settings(method, flags):
-    """Check the flags of a command line, read both files and put them together."""
+def _make_settings(method, flags, kind=Settings):
+    """Check the flags of a command line, read both files and put them together as a `kind`."""
     for flag, low in (("samples", 1), ("epochs", 1), ("num_rounds", 1), ("tasks_per_round", 1), ("num_tasks", 1)):
         if flags.get(flag) is not None:
             check(f"--{flag}", flags[flag], int, low, 10**6)
@@ -406,9 +448,9 @@ def _make_settings(method, flags):
         raise ConfigError(f"--name: {reprlib.repr(flags['name'])} is not a plain folder name of at most 200 characters")
     if method == "modelzoo":
         flags.update(_check_rounds(flags, len(data["tasks"])))
-    known = {f.name for f in fields(Settings)}
+    known = {f.name for f in fields(kind)}
     flags = {k: v for k, v in flags.items() if k in known}
-    return Settings(**{**flags, **data, **hyper, "method": method})
+    return kind(**{**flags, **data, **hyper, "method": method})
 
 
 def _keep_tasks(data, n):
@@ -441,7 +483,7 @@ def _default_name(method, flags):
     parts = [Path(flags["data_config"]).stem, Path(flags["hp_config"]).stem, method]
     for flag in ("continual", "naive", "warm_start"):
         parts += [flag] if flags.get(flag) else []
-    for flag in ("num_tasks", "num_rounds", "tasks_per_round", "replay_frac", "samples", "epochs"):
+    for flag in ("num_tasks", "num_rounds", "tasks_per_round", "replay_frac", "samples", "epochs", *PEER_FLAGS):
         parts += [f"{flag}={flags[flag]}"] if flags.get(flag) is not None else []
     name = "-".join([*parts, f"seed={flags['seed']}"])
     return re.sub(r"[^\w.,=+-]", "_", name).lstrip(".,=+-")

@@ -1,0 +1,251 @@
+"""Beside other methods: Avalanche's Naive, Replay, EWC, A-GEM and joint training under our conditions.
+
+    python tools/peers.py naive replay ewc agem joint --data_config ... --hp_config ... --memory 1000
+
+Each method leaves a run folder that report.py sets beside ours. Tasks, rows, labels, network and its first weights,
+augmentation, epochs, batch size, SGD and schedule (begun anew with every task) and evaluation are ours. Avalanche's are
+the loop, the memory and what is done with it, at its defaults: Replay adds to every batch of the new task one as large
+from memory; A-GEM takes a reference gradient on 64 stored rows at every step; EWC keeps a penalty a task.
+"""
+import importlib.util
+import random
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from multihead import finish, guard, open_folder, prepare, require_finite
+from net.build_net import build_net, set_dropout_generator
+from utils import metrics
+from utils.config import ConfigError, read_peers
+from utils.logger import RunError, RunLog, task_names
+from utils.run_net import (
+    derive_seed,
+    forward,
+    keep_freed_memory,
+    learning_rate,
+    make_generator,
+    predict_logits,
+    sample_crops,
+)
+
+REFERENCE = 64  # rows of A-GEM's reference gradient, as Avalanche has it; at least one a task
+
+# Avalanche takes many seconds to import and is not needed elsewhere, so the functions that use it import it.
+
+
+class Conditions:
+    """Our schedule and our log in Avalanche's loop, which calls a plugin's methods by their names.
+
+    Args:
+        settings: the run's.
+        log: the `RunLog`.
+    """
+
+    def __init__(self, settings, log):
+        self.settings = settings
+        self.log = log
+        self.round = -1
+
+    def before_training_exp(self, strategy, **_):
+        self.round += 1
+        self.began = time.perf_counter()
+        self.log.start_round(self.round, self.settings.epochs)
+
+    def before_training_epoch(self, strategy, **_):
+        self.rows, self.loss_sum = 0, torch.zeros((), dtype=torch.float64, device=strategy.device)
+
+    def before_training_iteration(self, strategy, **_):
+        s, steps = self.settings, self.settings.epochs * len(strategy.dataloader)
+        (group,) = strategy.optimizer.param_groups
+        group["lr"] = self.lr = learning_rate(s.schedule, s.lr, strategy.clock.train_exp_iterations, steps)
+
+    def after_training_iteration(self, strategy, **_):
+        self.rows += len(strategy.mb_y)
+        self.loss_sum += strategy.loss.detach().double().sum() * len(strategy.mb_y)
+
+    def after_training_epoch(self, strategy, **_):
+        epoch, loss = strategy.clock.train_exp_epochs, self.loss_sum.item() / self.rows
+        require_finite(loss, f"round {self.round}, epoch {epoch}: the training loss", self.lr)
+        self.log.log_epoch(self.round, self.settings.epochs, len(strategy.adapted_dataset), epoch=epoch,
+                           train_loss=loss, lr=self.lr, seconds=time.perf_counter() - self.began)  # fmt: skip
+
+
+def wrap_net(net, train, augment, precision, generator):
+    """`net` as a multi-task model of Avalanche, whose inputs are row numbers: images stay where they are.
+
+    Args:
+        net: `MultiHead`.
+        train: `TaskData` that the rows are numbered in, on the net's device.
+        augment: whether to crop (and mirror) in training.
+        precision: fp32 or bf16, of the backbone.
+        generator: of the augmentation, on the same device.
+
+    Returns:
+        A module ([B] row numbers, [B] task labels) -> logits [B, C_max]; its `rows_trained` counts the rows of which a
+        gradient was taken: those of training, of A-GEM's reference and of EWC's importances.
+    """
+    from avalanche.models import MultiTaskModule
+
+    class Wrapped(MultiTaskModule):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+            self.rows_trained = 0
+
+        def adaptation(self, experience):
+            """Nothing: all heads are there from the start."""
+
+        def forward(self, rows, task_labels):
+            x = train.images[rows]
+            if augment and self.training:
+                x = sample_crops(x, train.flip, generator)
+            self.rows_trained += len(rows) * torch.is_grad_enabled()
+            return forward(self.net, x, task_labels.to(rows.device), precision)
+
+    return Wrapped()
+
+
+def make_experiences(train):
+    """The tasks of `train` as Avalanche's experiences, of (row number, label, task label) each."""
+    from avalanche.benchmarks import benchmark_from_datasets, with_task_labels
+    from avalanche.benchmarks.utils import AvalancheDataset, ConstantSequence, DataAttribute, TaskLabels
+
+    datasets = []
+    for t in range(len(train.classes)):
+        rows = train.rows(t).cpu()
+        labels = train.labels[train.rows(t)].cpu()
+        attributes = [DataAttribute(labels.tolist(), "targets"), TaskLabels(ConstantSequence(t, len(rows)))]
+        datasets.append(AvalancheDataset([TensorDataset(rows, labels)], data_attributes=attributes))
+    return list(with_task_labels(benchmark_from_datasets(train=datasets)).train_stream)
+
+
+def make_strategy(settings, model, train, device, plugin):
+    """Avalanche's strategy of `settings.method`, silent."""
+    from avalanche.training import AGEM, EWC, JointTraining, Naive, Replay
+
+    class Joint(JointTraining):
+        def make_train_dataloader(self, **_):
+            """Rows of all tasks mixed, as in Multi-Head; Avalanche's own batches need a row of every task each."""
+            self.dataloader = DataLoader(self.adapted_dataset, self.train_mb_size, shuffle=True)
+
+    sizes = [len(train.rows(t)) for t in range(len(train.classes))]
+    memory = settings.memory or len(sizes) * max(sizes)  # shared equally between tasks
+    make, own = {
+        "avalanche-naive": (Naive, {}),
+        "avalanche-replay": (Replay, {"mem_size": memory}),
+        "avalanche-ewc": (EWC, {"ewc_lambda": settings.ewc_lambda}),
+        "avalanche-agem": (AGEM, {"patterns_per_exp": memory // len(sizes),
+                                  "sample_size": max(REFERENCE, len(sizes))}),
+        "avalanche-joint": (Joint, {}),
+    }[settings.method]
+    optimiser = torch.optim.SGD(model.parameters(), settings.lr, momentum=0.9, nesterov=True,
+                                weight_decay=settings.l2_reg, fused=True)  # fmt: skip
+    return make(model=model, optimizer=optimiser, criterion=torch.nn.CrossEntropyLoss(), train_mb_size=settings.batch,
+                train_epochs=settings.epochs, device=device, plugins=[plugin],
+                evaluator=None, **own)  # fmt: skip
+
+
+def count_stored(strategy, train):
+    """How many training rows a strategy holds, after its last task, to train on them again."""
+    for plugin in strategy.plugins:
+        if hasattr(plugin, "storage_policy"):  # Replay
+            return len(plugin.storage_policy.buffer)
+        if hasattr(plugin, "buffers"):  # A-GEM
+            return sum(map(len, plugin.buffers))
+    return len(train.labels) if type(strategy).__name__ == "Joint" else 0
+
+
+def evaluate(net, test, t, precision, where):
+    """Accuracy on the test rows of task t.
+
+    Raises:
+        RunError: a logit is not finite.
+    """
+    rows = test.rows(t)
+    logits = predict_logits(net, test.images, rows, t, test.classes[t], precision)
+    if not torch.isfinite(logits).all():
+        raise RunError(f"{where}: after training a logit is not finite; try a lower lr")
+    return metrics.accuracy(logits, test.labels[rows])
+
+
+def train_peer(settings, precision, train, test, log):
+    """Let Avalanche learn the tasks one after the other (joint: all at once).
+
+    Args:
+        settings: `PeerSettings`.
+        precision: fp32 or bf16.
+        train, test: `TaskData` on the training device.
+        log: the `RunLog`.
+
+    Returns:
+        matrix, rounds, cost: see `grow_zoo` in modelzoo.py.
+    """
+    device, seed, num_tasks = train.images.device, settings.seed, len(train.classes)
+    random.seed(derive_seed(seed, 0, "avalanche"))  # Avalanche draws from the global generators
+    torch.manual_seed(derive_seed(seed, 0, "avalanche"))
+    keep_freed_memory()
+    net = build_net(settings.model, train.images.shape[1:], train.classes, settings.dropout,
+                    derive_seed(seed, 0, "init"))  # fmt: skip
+    net.to(device)  # not in channels_last: Avalanche's A-GEM cannot flatten such gradients
+    set_dropout_generator(net, make_generator(seed, 0, "dropout", device))
+    model = wrap_net(net, train, settings.augment, precision, make_generator(seed, 0, "augment", device))
+    strategy = make_strategy(settings, model, train, device, Conditions(settings, log))
+    experiences = make_experiences(train)
+    names, matrix, rounds = task_names(settings.tasks, settings.names), [], []
+    for k, tasks in enumerate([t] for t in range(num_tasks)) if settings.continual else [(0, list(range(num_tasks)))]:
+        began = time.perf_counter()
+        strategy.train([experiences[t] for t in tasks], eval_streams=[], reset_optimizer_state=True)
+        seen = tasks[-1] + 1
+        accuracy = [evaluate(net, test, t, precision, f"round {k}") for t in range(seen)]
+        seconds = time.perf_counter() - began
+        matrix.append(accuracy + [None] * (num_tasks - seen))
+        rounds.append({"tasks": tasks, "weights": [], "train_loss": [], "seconds": seconds})
+        mean = sum(accuracy) / seen
+        log.log_round(k, tasks=tasks, test_accuracy=mean, seconds=seconds)
+        log.print(f"{settings.method} {k + 1}/{settings.num_rounds}: {', '.join(names[t] for t in tasks)}: test "
+                  f"accuracy {100 * mean:.2f} % on {seen} task{'s' * (seen > 1)} seen, {seconds:.1f} s")  # fmt: skip
+    cost = {"seconds": sum(r["seconds"] for r in rounds), "rows_trained": model.rows_trained,
+            "parameters": sum(p.numel() for p in net.parameters()),
+            "stored_rows": count_stored(strategy, train)}  # fmt: skip
+    return matrix, rounds, cost
+
+
+def run(settings):
+    """Train one method in its run folder and return its result; None where --resume finds it done."""
+    device, precision, train, test = prepare(settings)
+    work = settings.epochs * len(train.labels)
+    with open_folder(settings, device, precision, train, test) as folder:
+        if (folder / "result.json").exists():
+            print(f"{folder}: done already")
+            return None
+        # Avalanche warns of its own parts, and of solvers that nothing here uses; it changes filters, hence `record`.
+        with (
+            RunLog(folder, settings.num_rounds, work, settings.tensorboard) as log,
+            warnings.catch_warnings(record=True, action="ignore"),
+        ):
+            log.forget(0)
+            matrix, rounds, cost = train_peer(settings, precision, train, test, log)
+        return finish(settings, device, precision, matrix, rounds, cost)
+
+
+def main(argv=None):
+    """Run every method asked for; return the exit status."""
+    all_settings = read_peers("peers.py", argv)
+    if importlib.util.find_spec("avalanche") is None:
+        raise ConfigError("the package avalanche-lib is missing; pip install -r requirements-peers.txt brings it")
+    for settings in all_settings:
+        try:
+            run(settings)
+        except torch.OutOfMemoryError as e:
+            raise RunError(f"{settings.device}: too little memory with batch {settings.batch}; try less") from e
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guard("peers.py", main))
