@@ -76,7 +76,8 @@ def measure_training(model, batch, device, precision, seconds):
     flops = counter.get_total_flops() / batch
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    steps = 20 if device.type == "cpu" else 200
+    # On a CPU about half a second an epoch, so that a few of them fit the time of the slowest network too.
+    steps = max(1, min(20, int(25e9 / (flops * batch)))) if device.type == "cpu" else 200
     rows = torch.randint(0, 5000, (steps * batch,), device=device)
     epochs = train_net(net, images, rows, rows % TASKS, rows % CLASSES, epochs=10**6, batch=batch, lr=1e-3,
                        l2_reg=1e-5, schedule="constant", augment=True, flip=True, precision=precision,
