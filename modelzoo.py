@@ -44,9 +44,14 @@ def ensemble_log_probs(logits, weights):
     Returns:
         [N, C] float64.
     """
-    log_probs = torch.stack([F.log_softmax(x.double(), dim=1) for x in logits])
-    log_weights = torch.tensor(weights, dtype=torch.float64, device=log_probs.device).log()
-    return (log_probs + log_weights[:, None, None]).logsumexp(0) - math.log(sum(weights))
+    each = torch.stack([log_probs(x) for x in logits])
+    log_weights = torch.tensor(weights, dtype=torch.float64, device=each.device).log()
+    return (each + log_weights[:, None, None]).logsumexp(0) - math.log(sum(weights))
+
+
+def log_probs(logits):
+    """Log class probabilities [N, C] float64 of logits [N, C]; log probabilities stay as they are."""
+    return F.log_softmax(logits.double(), dim=1)
 
 
 class Zoo:
@@ -69,36 +74,44 @@ class Zoo:
         self.classes = classes
         self.replay_frac = replay_frac
         self.learners = []
+        # Of the learners that know a task: the sum of their weights, and the log of their mean class probabilities.
+        self.weights = [0.0] * len(classes)
+        self.means = {"train_logits": [None] * len(classes), "test_logits": [None] * len(classes)}
         # Without learners a task's prediction is uniform.
         self.loss = [math.log(c) for c in classes]
         self.accuracy = [1 / c for c in classes]
 
     def add(self, learner):
-        """Let one more learner speak, and bring loss and accuracy of its tasks up to date."""
+        """Let one more learner speak, and bring loss and accuracy of its tasks up to date.
+
+        A mean goes on from the one before, so that a late round costs what an early one costs.
+        """
         self.learners.append(learner)
-        for t in learner.tasks:
-            train_log_probs = self.predict_log_probs(t, "train_logits")
-            self.loss[t] = negative_log_likelihood(train_log_probs, self.train_labels[t])
-            self.accuracy[t] = accuracy(self.predict_log_probs(t), self.test_labels[t])
+        for i, t in enumerate(learner.tasks):
+            before, weight = self.weights[t], 1.0 if self.weights[t] else 1 / self.replay_frac
+            for key, means in self.means.items():
+                new = getattr(learner, key)[i]
+                means[t] = ensemble_log_probs([means[t], new], [before, weight]) if before else log_probs(new)
+            self.weights[t] = before + weight
+            if self.train_labels:
+                self.loss[t] = negative_log_likelihood(self.means["train_logits"][t], self.train_labels[t])
+            self.accuracy[t] = accuracy(self.means["test_logits"][t], self.test_labels[t])
 
     def predict_log_probs(self, t, logits="test_logits"):
         """The zoo's log class probabilities for task t, [N, C_t] float64, on its train_logits or test_logits rows."""
-        known = [getattr(learner, logits)[learner.tasks.index(t)] for learner in self.learners if t in learner.tasks]
+        if self.weights[t]:
+            return self.means[logits][t]
         labels = self.train_labels[t] if logits == "train_logits" else self.test_labels[t]
-        return self._average(t, known, labels)
+        return self._uniform(t, len(labels), labels.device)
 
-    def _average(self, t, known, like):
-        """Log class probabilities of task t: of `known`, a tensor of logits a learner, in the order of their rounds."""
-        if not known:
-            uniform = torch.full_like(like, -math.log(self.classes[t]), dtype=torch.float64)
-            return uniform[:, None].expand(-1, self.classes[t])
-        return ensemble_log_probs(known, [1 / self.replay_frac] + [1.0] * (len(known) - 1))
+    def _uniform(self, t, n, device):
+        return torch.full((n, self.classes[t]), -math.log(self.classes[t]), dtype=torch.float64, device=device)
 
     @classmethod
     def load(cls, folder, device="auto"):
         """The zoo of a run folder: all learners that it holds so far.
 
-        Its `loss` and `accuracy` are not brought up to date; `names` has a text for each task.
+        Its `loss` is not brought up to date; `names` has a text for each task.
 
         Args:
             folder: a run of modelzoo.py; with --save_nets, for `predict`.
@@ -122,7 +135,7 @@ class Zoo:
                 if not path.exists() and zoo.learners:
                     break  # the run is not finished
                 learner = make_learner(load_tensors(path, device))
-                zoo.learners.append(learner)
+                zoo.add(learner)
                 zoo.nets.append(learner.net and load_net(learner.net, device))
         except OSError as e:
             raise ConfigError(f"{path}: cannot be read ({e.strerror})") from e
@@ -158,7 +171,9 @@ class Zoo:
                 if device.type == "cpu" and precision == "fp16":
                     precision = "fp32"  # the nearest that a CPU is good at
                 known.append(predict_logits(net, images, rows, learner.tasks.index(t), self.classes[t], precision))
-        return self._average(t, known, rows).exp().cpu()
+        if not known:
+            return self._uniform(t, len(images), "cpu").exp()
+        return ensemble_log_probs(known, [1 / self.replay_frac] + [1.0] * (len(known) - 1)).exp().cpu()
 
 
 def task_weights(losses):

@@ -177,7 +177,8 @@ def load_log_probs(run):
         zoo = Zoo([], labels, classes, run.settings["replay_frac"])
         learners = [(WARM, list(range(len(classes))))] * run.settings["warm_start"]
         learners += [(k, r["tasks"]) for k, r in enumerate(run.rounds)]
-        zoo.learners = [make_learner(load_tensors(learner_path(folder, k), "cpu")) for k, _ in learners]
+        for k, _ in learners:
+            zoo.add(make_learner(load_tensors(learner_path(folder, k), "cpu")))
         if [learner.tasks for learner in zoo.learners] != [tuple(tasks) for _, tasks in learners]:
             raise ValueError("learners of other tasks")
         log_probs = [zoo.predict_log_probs(t) for t in range(len(classes))]
