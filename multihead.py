@@ -378,8 +378,8 @@ def guard(prog, work):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    # File and class names may hold line ends and worse.
-    print("".join(c if c.isprintable() else " " for c in f"{prog}: {line}"), file=sys.stderr)
+    # File and class names may hold line ends and worse, and be of any length.
+    print("".join(c if c.isprintable() else " " for c in f"{prog}: {line}"[:900]), file=sys.stderr)
     return status
 
 

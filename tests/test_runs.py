@@ -76,7 +76,7 @@ def test_continual_run_folder(workspace):
     saved = torch.load(folder / "learners/001.pt", weights_only=True)
     assert saved["tasks"] == [0, 1]
     assert [x.shape for x in saved["train_logits"] + saved["test_logits"]] == [(20, 2)] * 2 + [(10, 2)] * 2
-    assert saved["net"]["heads.weight"].shape == (2, 2, 80)
+    assert saved["net"]["state"]["heads.weight"].shape == (2, 2, 80)
 
 
 def test_stored_logits_give_the_accuracies(workspace):
