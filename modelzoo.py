@@ -88,11 +88,9 @@ class Zoo:
         """
         self.learners.append(learner)
         for i, t in enumerate(learner.tasks):
-            before, weight = self.weights[t], 1.0 if self.weights[t] else 1 / self.replay_frac
+            before = self.weights[t]
             for key, means in self.means.items():
-                new = getattr(learner, key)[i]
-                means[t] = ensemble_log_probs([means[t], new], [before, weight]) if before else log_probs(new)
-            self.weights[t] = before + weight
+                means[t], self.weights[t] = self._join(means[t], before, getattr(learner, key)[i])
             if self.train_labels:
                 self.loss[t] = negative_log_likelihood(self.means["train_logits"][t], self.train_labels[t])
             self.accuracy[t] = accuracy(self.means["test_logits"][t], self.test_labels[t])
@@ -103,6 +101,12 @@ class Zoo:
             return self.means[logits][t]
         labels = self.train_labels[t] if logits == "train_logits" else self.test_labels[t]
         return self._uniform(t, len(labels), labels.device)
+
+    def _join(self, mean, weight, logits):
+        """The mean of one more learner, and its weight: 1/r for the first of a task, 1 for each later one."""
+        if not weight:
+            return log_probs(logits), 1 / self.replay_frac
+        return ensemble_log_probs([mean, logits], [weight, 1.0]), weight + 1
 
     def _uniform(self, t, n, device):
         return torch.full((n, self.classes[t]), -math.log(self.classes[t]), dtype=torch.float64, device=device)
@@ -139,7 +143,7 @@ class Zoo:
                 zoo.nets.append(learner.net and load_net(learner.net, device))
         except OSError as e:
             raise ConfigError(f"{path}: cannot be read ({e.strerror})") from e
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as e:
             raise ConfigError(f"{path}: damaged or foreign ({' '.join(str(e).split())[:80]})") from e
         return zoo
 
@@ -164,16 +168,15 @@ class Zoo:
         t = task if task in range(len(self.names)) else self.names.index(task)
         device = self.test_labels[t].device
         images = make_images(images, self.learners[0].net["image_shape"]).to(device)
-        rows, known = torch.arange(len(images), device=device), []
+        rows, mean, weight = torch.arange(len(images), device=device), None, 0.0
         for learner, net in zip(self.learners, self.nets, strict=True):
             if t in learner.tasks:
                 precision = learner.net["precision"]
                 if device.type == "cpu" and precision == "fp16":
                     precision = "fp32"  # the nearest that a CPU is good at
-                known.append(predict_logits(net, images, rows, learner.tasks.index(t), self.classes[t], precision))
-        if not known:
-            return self._uniform(t, len(images), "cpu").exp()
-        return ensemble_log_probs(known, [1 / self.replay_frac] + [1.0] * (len(known) - 1)).exp().cpu()
+                logits = predict_logits(net, images, rows, learner.tasks.index(t), self.classes[t], precision)
+                mean, weight = self._join(mean, weight, logits)
+        return (mean if weight else self._uniform(t, len(images), device)).exp().cpu()
 
 
 def task_weights(losses):
@@ -289,7 +292,7 @@ def check_extension(settings, mine, train, test):
             what = f"the first {n} tasks are" if key == "tasks" else f"{key} is {now[key]!r:.40}"
             was = "other tasks" if key == "tasks" else f"{theirs.get(key)!r:.40}"
             raise ConfigError(f"--extend: {what} not as in {folder}, which was run with {was}")
-    if checksum(train.first(n), test.first(n)) != theirs["data"]:
+    if checksum(train.first(n), test.first(n)) != theirs.get("data"):
         raise ConfigError(f"--extend: the data of the first {n} tasks are not those that {folder} was run on")
     if len(zoo.learners) > settings.num_rounds:
         raise ConfigError(f"--extend: {folder} holds {len(zoo.learners)} learners; --num_rounds must be at least that")

@@ -81,10 +81,11 @@ def test_predict_refuses(saved, images, task, message):
         Zoo.load(saved, "cpu").predict(images, task)
 
 
-def change_net(folder, **changes):
+def change_net(folder, tasks=None, **changes):
     path = learner_path(folder, 1)
     content = load_tensors(path, "cpu")
     content["net"].update(changes)
+    content["tasks"] = tasks or content["tasks"]
     save_tensors(path, content)
 
 
@@ -96,6 +97,7 @@ def change_net(folder, **changes):
     (lambda f: save_tensors(learner_path(f, 1), {"weights": 1}), "001.pt: damaged or foreign"),
     (lambda f: change_net(f, state={}), "001.pt: damaged or foreign .*Missing key"),
     (lambda f: change_net(f, model="transformer"), "001.pt: damaged or foreign .*transformer"),
+    (lambda f: change_net(f, tasks=[0, 99]), "001.pt: damaged or foreign"),
     (lambda f: change_net(f, mean=0.0), "001.pt: damaged or foreign .*mean 0.0"),
     (lambda f: (f / "config.yaml").write_text("settings: 3"), "config.yaml: damaged or foreign"),
 ])  # fmt: skip
