@@ -12,6 +12,7 @@ from utils.run_net import (
     PAD,
     SGD,
     capture_step,
+    choose_precision,
     learning_rate,
     normalise,
     predict_logits,
@@ -139,6 +140,19 @@ def test_same_seed_same_net_and_another_seed_another(changes):
         assert torch.equal(state, torch.get_rng_state())
         nets.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
     assert nets[0].equal(nets[1]) and not nets[0].equal(nets[2])
+
+
+@pytest.mark.parametrize("device, has, chosen", [
+    ("cuda", {}, "bf16"),
+    ("cpu", {"avx512_f": True, "avx512_bf16": True}, "bf16"),
+    ("cpu", {"avx512_f": True, "avx512_bf16": False}, "fp32"),
+    ("cpu", {"architecture": "aarch64"}, "fp32"),
+])  # fmt: skip
+def test_auto_is_bf16_where_the_processor_multiplies_it(monkeypatch, device, has, chosen):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    assert choose_precision("auto", torch.device(device)) == chosen
+    assert choose_precision("fp32", torch.device(device)) == "fp32"
+    assert choose_precision("bf16", torch.device(device)) == "bf16"
 
 
 def test_bf16_touches_neither_loss_nor_parameters():

@@ -320,7 +320,7 @@ def make_parser(prog, method):
     p.add_argument("--name", help="the run folder's name (default: made of the settings)")
     p.add_argument("--resume", action="store_true", help="go on with what has this name, or start it")
     p.add_argument("--device", default="auto", help="auto (CUDA if there, else CPU), cpu, cuda, cuda:1, ...")
-    p.add_argument("--precision", default="auto", help="auto (bf16 on CUDA, fp32 on CPU), fp32, bf16 or fp16")
+    p.add_argument("--precision", default="auto", help="auto (bf16 where native, else fp32), fp32, bf16 or fp16")
     if method != "hpo":
         p.add_argument("--tensorboard", action="store_true", help="also write TensorBoard events into the run folder")
     if method == "modelzoo":

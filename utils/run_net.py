@@ -48,7 +48,7 @@ def choose_device(device):
 
 
 def choose_precision(precision, device):
-    """The precision of the backbone, fp32, bf16 or fp16: auto is bf16 on CUDA and fp32 on a CPU.
+    """The precision of the backbone, fp32, bf16 or fp16: auto is bf16 on CUDA and on CPUs that multiply it, else fp32.
 
     Raises:
         ConfigError: fp16 on a CPU, which has no use for it.
@@ -56,7 +56,9 @@ def choose_precision(precision, device):
     if precision == "fp16" and device.type == "cpu":
         raise ConfigError("--precision: fp16 needs a CUDA device; on a CPU take fp32 or bf16")
     if precision == "auto":
-        return "bf16" if device.type == "cuda" else "fp32"
+        # A CPU without these instructions is slower in bfloat16 than in float32.
+        native = device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
+        return "bf16" if native else "fp32"
     return precision
 
 
