@@ -9,7 +9,6 @@ from fractions import Fraction
 from pathlib import Path
 
 import torch
-from torch.nn import functional as F
 
 from datasets.data import checksum, make_images
 from multihead import (
@@ -26,7 +25,7 @@ from multihead import (
 )
 from utils.config import ConfigError, load_yaml
 from utils.logger import FREE, RunLog, load_tensors, task_names, write_file
-from utils.metrics import accuracy, negative_log_likelihood
+from utils.metrics import accuracy, log_probs, negative_log_likelihood
 from utils.run_net import choose_device, make_generator, predict_logits
 
 WARM = -1  # the "round" of the learner that --warm_start trains before round 0
@@ -47,11 +46,6 @@ def ensemble_log_probs(logits, weights):
     each = torch.stack([log_probs(x) for x in logits])
     log_weights = torch.tensor(weights, dtype=torch.float64, device=each.device).log()
     return (each + log_weights[:, None, None]).logsumexp(0) - math.log(sum(weights))
-
-
-def log_probs(logits):
-    """Log class probabilities [N, C] float64 of logits [N, C]; log probabilities stay as they are."""
-    return F.log_softmax(logits.double(), dim=1)
 
 
 class Zoo:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from datasets.build_dataset import build_dataset
 from datasets.data import DataError, checksum
@@ -341,8 +340,8 @@ def run(settings, loaded=None):
     ):
         learner = train_or_load(settings, precision, train, test, tasks, rows, rows, 0, folder, log)
         accuracy = [metrics.accuracy(learner.test_logits[t], test.labels[test.rows(t)]) for t in tasks]
-        log_probs = [F.log_softmax(logits.double(), dim=1) for logits in learner.train_logits]
-        loss = [metrics.negative_log_likelihood(log_probs[t], train.labels[rows[t]]) for t in tasks]
+        log_probs = map(metrics.log_probs, learner.train_logits)
+        loss = [metrics.negative_log_likelihood(p, train.labels[rows[t]]) for t, p in enumerate(log_probs)]
         log.log_round(0, tasks=tasks, test_accuracy=sum(accuracy) / len(tasks), seconds=learner.seconds)
         rounds = [{"tasks": tasks, "weights": [], "train_loss": loss, "seconds": learner.seconds}]
         cost = {key: getattr(learner, key) for key in COST} | {"stored_rows": len(train.labels)}

@@ -12,6 +12,11 @@ def accuracy(scores, labels):
     return (scores.argmax(1) == labels).double().mean().item()
 
 
+def log_probs(logits):
+    """Log class probabilities [N, C] float64 of logits [N, C]; log probabilities stay as they are."""
+    return F.log_softmax(logits.double(), dim=1)
+
+
 def negative_log_likelihood(log_probs, labels):
     """Mean over rows of -log p(label) in nats, of log_probs [N, C] and labels [N] int64."""
     return F.nll_loss(log_probs, labels).item()
