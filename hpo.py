@@ -22,8 +22,8 @@ import yaml
 from rich import box
 from rich.table import Table
 
-from datasets.data import hold_out
-from multihead import guard, prepare, train_epochs
+from datasets.data import checksum, hold_out
+from multihead import guard, name_batch, prepare, train_epochs
 from utils import metrics
 from utils.cluster import connect, share_out
 from utils.config import ConfigError, load_yaml, read_search
@@ -84,9 +84,10 @@ def trial(chosen, settings, threads, fit, held_out):
     precision = choose_precision(settings.precision, device)
     scores = score_epochs if settings.method == "multihead" else score_rounds
     try:
-        for score in scores(settings, precision, fit.to(device), held_out.to(device)):
-            tune.report({"score": score, "note": ""})
-    except (RunError, torch.OutOfMemoryError) as e:
+        with name_batch(settings):
+            for score in scores(settings, precision, fit.to(device), held_out.to(device)):
+                tune.report({"score": score, "note": ""})
+    except RunError as e:
         tune.report({"score": 0.0, "note": " ".join(str(e).split())[:200]})
 
 
@@ -197,11 +198,14 @@ def run(settings, search, argv):
     fit, held_out = hold_out(train)
     connect(search.address)
     resources, device, slots = share_out("trial", search.cpus_per_trial, search.gpus_per_trial, settings.device)
+    if device == "cpu":
+        choose_precision(settings.precision, torch.device("cpu"))  # refuses here what would fail in every trial
     folder, best_path = Path(settings.out) / settings.name, CONFIGS / f"{settings.name}.yaml"
     if best_path.exists() and not folder.exists():
         raise ConfigError(f"{best_path} is there already and of no search in {settings.out}: choose another --name")
     about = {key: value for key, value in asdict(settings).items() if key not in (*search.space, *FREE)}
     about |= {key: value for key, value in asdict(search).items() if key not in FREE}
+    about["data"] = checksum(fit, held_out)
     hardware = describe_hardware(torch.device("cpu"))
     with open_run(folder, json.loads(json.dumps(about)), settings.resume, hardware, "trials"):
         tuner = make_tuner(replace(settings, device=device), search, folder, resources, slots, fit, held_out)

@@ -137,6 +137,8 @@ class Zoo:
                 zoo.nets.append(learner.net and load_net(learner.net, device))
         except OSError as e:
             raise ConfigError(f"{path}: cannot be read ({e.strerror})") from e
+        except torch.OutOfMemoryError:
+            raise
         except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as e:
             raise ConfigError(f"{path}: damaged or foreign ({' '.join(str(e).split())[:80]})") from e
         return zoo
@@ -279,13 +281,15 @@ def check_extension(settings, mine, train, test):
     theirs = load_yaml(folder / "config.yaml")["settings"]
     n = len(theirs["tasks"])
     # A precision and a device may change on the way; what a file is called decides nothing.
-    apart = (*FREE, "data_config", "hp_config", "num_rounds", "device", "precision", "data", "names")
+    apart = (*FREE, "data_config", "hp_config", "num_rounds", "device", "precision", "data", "names", "save_nets")
     now = mine | {"tasks": mine["tasks"][:n], "tasks_per_round": min(mine["tasks_per_round"], n)}
     for key in now:
         if key not in apart and now[key] != theirs.get(key):
             what = f"the first {n} tasks are" if key == "tasks" else f"{key} is {now[key]!r:.40}"
             was = "other tasks" if key == "tasks" else f"{theirs.get(key)!r:.40}"
             raise ConfigError(f"--extend: {what} not as in {folder}, which was run with {was}")
+    if settings.save_nets and None in zoo.nets:
+        raise ConfigError(f"--save_nets: {folder} kept no networks, so the run that extends it cannot keep all")
     if checksum(train.first(n), test.first(n)) != theirs.get("data"):
         raise ConfigError(f"--extend: the data of the first {n} tasks are not those that {folder} was run on")
     if len(zoo.learners) > settings.num_rounds:

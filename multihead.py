@@ -5,7 +5,7 @@ import math
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -208,7 +208,7 @@ def train_or_load(settings, precision, train, test, tasks, rows, seen, round, fo
         log.skip(settings.epochs * sum(map(len, rows)))
     with contextlib.suppress(OSError):
         checkpoint.unlink()
-    return learner
+    return replace(learner, net=None)  # on disk; a run that grows needs the logits alone
 
 
 def learner_path(folder, round):
@@ -382,15 +382,25 @@ def guard(prog, work):
     return status
 
 
+@contextlib.contextmanager
+def name_batch(settings):
+    """Where memory runs out inside, on whichever device, raise a `RunError` that names the batch size."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as e:
+        # A CPU's allocator raises a plain RuntimeError.
+        if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e):
+            raise RunError(f"{settings.device}: too little memory with batch {settings.batch}; try less") from e
+        raise
+
+
 def command(prog, method, run, argv=None):
     """Read the settings of one command, run it, and return the exit status as `guard` does."""
 
     def work():
         settings = read_settings(prog, method, argv)
-        try:
+        with name_batch(settings):
             run(settings)
-        except torch.OutOfMemoryError as e:
-            raise RunError(f"{settings.device}: too little memory with batch {settings.batch}; try less") from e
 
     return guard(prog, work)
 

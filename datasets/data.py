@@ -248,6 +248,8 @@ def make_images(images, shape):
     if isinstance(images, np.ndarray):
         images = torch.from_numpy(np.ascontiguousarray(images[..., None] if images.ndim == 3 else images))
         images = images.permute(0, 3, 1, 2) if images.ndim == 4 else images
+    if not isinstance(images, torch.Tensor):
+        raise DataError(f"images must be an array, a tensor or a list of files, not {type(images).__name__}")
     if images.dtype != torch.uint8 or images.ndim != 4 or tuple(images.shape[1:]) != tuple(shape):
         raise DataError(f"images must be uint8 with (C, H, W) {tuple(shape)}, not {images.dtype} {list(images.shape)}")
     return images

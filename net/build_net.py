@@ -68,7 +68,7 @@ def build_net(model, image_shape, classes, dropout, seed):
         ValueError: the images are too small for the model.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would set those of GPUs too
         if model == "conv":
             backbone = SmallConv(*image_shape)
         else:

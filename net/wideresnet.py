@@ -28,23 +28,24 @@ class Dropout(nn.Module):
 
 
 class Block(nn.Module):
-    """Batch norm, ReLU, convolution, dropout, batch norm, ReLU, convolution, plus the shortcut.
+    """Batch norm, ReLU, convolution, batch norm, ReLU, dropout, convolution, plus the shortcut.
 
-    [B, in_width, H, W] -> [B, width, H / stride, W / stride].
+    Dropout comes after ReLU (section 2.4 of the paper): before batch norm it would leave another variance in training
+    than in evaluation. [B, in_width, H, W] -> [B, width, H / stride, W / stride].
     """
 
     def __init__(self, in_width, width, stride, dropout):
         super().__init__()
         self.norm1 = nn.BatchNorm2d(in_width)
         self.conv1 = nn.Conv2d(in_width, width, 3, stride, padding=1, bias=False)
-        self.dropout = Dropout(dropout)
         self.norm2 = nn.BatchNorm2d(width)
+        self.dropout = Dropout(dropout)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.shortcut = nn.Conv2d(in_width, width, 1, stride, bias=False) if in_width != width else None
 
     def forward(self, x):
         active = F.relu(self.norm1(x))
-        out = self.conv2(F.relu(self.norm2(self.dropout(self.conv1(active)))))
+        out = self.conv2(self.dropout(F.relu(self.norm2(self.conv1(active)))))
         # Where the width changes, the shortcut takes the activated input; elsewhere the input itself.
         return out + (x if self.shortcut is None else self.shortcut(active))
 

@@ -267,6 +267,29 @@ def test_the_rows_of_a_search_are_training_rows(files):
 
 
 @needs_ray
+@pytest.mark.parametrize(("flags", "line"), [
+    (["--device", "auto", "--precision", "fp16"], "--precision: fp16 needs a CUDA device"),
+    (["--device", "cuda:1", "--gpus_per_trial", "0.5"], "--device: Ray chooses the GPU of each trial; give cuda"),
+])  # fmt: skip
+def test_what_would_fail_in_every_trial_is_refused_before_the_first(files, local_ray, capsys, flags, line):
+    assert hpo.main([*files, *flags]) == 2
+    err = capsys.readouterr().err
+    assert line in err and err.count("\n") == 1 and not Path("runs").exists()
+
+
+@needs_ray
+def test_a_search_is_not_gone_on_with_on_other_data(files, local_ray, capsys):
+    argv = [*files, "--name", "a", "--num_samples", "1"]
+    assert hpo.main(argv) == 0
+    with np.load("data/two.npz") as arrays:
+        arrays = dict(arrays)
+    np.savez("data/two.npz", **arrays | {"train_images": arrays["train_images"] + 1})
+    capsys.readouterr()
+    assert hpo.main([*argv, "--resume"]) == 2
+    assert "was run with data" in capsys.readouterr().err
+
+
+@needs_ray
 def test_a_trial_that_cannot_be_trained_scores_nothing_and_the_search_goes_on(files, local_ray, capsys):
     Path("small.yaml").write_text(HYPER + "search: {lr: {choice: [1e30]}}\n")
     argv = [*files, "--name", "wild", "--num_samples", "1"]

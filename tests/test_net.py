@@ -39,6 +39,21 @@ def test_shortcut_takes_the_activated_input_where_the_width_changes():
     torch.testing.assert_close(block(x), expected)
 
 
+def test_dropout_comes_after_relu_and_leaves_the_second_norm_alone():
+    """Zagoruyko & Komodakis 2016, section 2.4: what batch norm sees in training is what it sees in evaluation."""
+    block = build_net("wrn16_4", (3, 32, 32), [5], 0.5, seed=0).train().backbone.layers[1]
+    block.dropout.generator, seen = torch.Generator().manual_seed(0), {}
+    for name in ("norm2", "conv2"):
+        getattr(block, name).register_forward_pre_hook(lambda _, x, name=name: seen.update({name: x[0]}))
+    x = torch.randn(2, 16, 8, 8)
+    block(x)
+    torch.testing.assert_close(seen["norm2"], block.conv1(block.norm1(x).relu()))
+    active = block.norm2(seen["norm2"]).relu()
+    kept = seen["conv2"] != 0
+    torch.testing.assert_close(seen["conv2"], 2 * active * kept)
+    assert kept.sum() / (active > 0).sum() == pytest.approx(0.5, abs=0.03)
+
+
 @pytest.mark.parametrize("model, size, features", [
     ("conv", 28, 80), ("conv", 32, 320), ("conv", 84, 320), ("wrn16_4", 28, 256), ("wrn16_4", 84, 256),
 ])  # fmt: skip
@@ -126,11 +141,13 @@ def test_a_row_trains_only_its_own_head():
     assert not heads.weight.grad[[0, 2]].any() and not heads.bias.grad[[0, 2]].any()
 
 
-def test_seed_decides_the_start_and_leaves_the_global_generator_alone():
+def test_seed_decides_the_start_and_leaves_the_global_generators_alone(monkeypatch):
     torch.manual_seed(5)
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
     state = torch.get_rng_state()
     a, b, c = (build_net("conv", (1, 28, 28), CLASSES, 0.0, seed).state_dict() for seed in (1, 1, 2))
-    assert torch.equal(state, torch.get_rng_state())
+    assert torch.equal(state, torch.get_rng_state()) and not seeded
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert not torch.equal(a["backbone.layers.0.weight"], c["backbone.layers.0.weight"])
 

@@ -72,6 +72,7 @@ def test_a_zoo_of_an_unfinished_run_is_its_learners_so_far(saved):
     (np.zeros((2, 24, 24)), 0, "must be uint8"),
     (np.zeros((24, 24), "uint8"), 0, "must be uint8"),
     ([], 0, "no images"),
+    ("cat.png", 0, "a list of files, not str"),
     (["missing.png"], 0, "missing.png: not a readable image"),
     (np.zeros((2, 24, 24), "uint8"), "grey", "'grey' is not one of dark, middle, bright"),
     (np.zeros((2, 24, 24), "uint8"), 3, "3 is not one of"),
@@ -155,6 +156,15 @@ def test_more_rounds_of_the_same_tasks_are_an_extension_too(workspace):
     assert numbers(extended) == numbers(start(workspace, "whole", "--continual"))
 
 
+def test_networks_that_were_kept_need_not_be_kept_of_new_tasks(workspace):
+    start(workspace, "old", "--continual", "--num_rounds", "1", "--save_nets")
+    old = ["--continual", "--extend", str(workspace / "runs" / "old")]
+    whole = numbers(start(workspace, "whole", "--continual"))
+    assert numbers(start(workspace, "new", *old)) == whole == numbers(start(workspace, "all", *old, "--save_nets"))
+    kept = [[net is not None for net in Zoo.load(workspace / "runs" / name).nets] for name in ("new", "all")]
+    assert kept == [[True, False, False], [True] * 3]
+
+
 def brighten(workspace):
     arrays = make_arrays()
     arrays["train_images"] += 1
@@ -163,7 +173,7 @@ def brighten(workspace):
 
 @pytest.mark.parametrize(("change", "more", "message"), [
     (None, ["--seed", "1"], "seed is 1 not as in .*old, which was run with 0"),
-    (None, ["--save_nets"], "save_nets is True"),
+    (None, ["--save_nets"], "--save_nets: .*old kept no networks"),
     (None, ["--tasks_per_round", "1"], "tasks_per_round is 1"),
     (None, ["--num_rounds", "1"], "holds 2 learners"),
     (lambda w: write_yaml(w / "hp.yaml", CONV | {"lr": 0.02}), [], "lr is 0.02 not as in"),

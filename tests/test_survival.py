@@ -296,6 +296,33 @@ def test_whole_files_with_foreign_content_are_trained_again(workspace, capsys, c
     assert "000.pt: not of this run; kept as" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("out_of_memory", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_whole_learner_that_memory_has_no_room_for_is_kept(workspace, capsys, monkeypatch, out_of_memory):
+    start(workspace, "a", "--continual")
+    before = (workspace / "runs/a/learners/001.pt").read_bytes()
+
+    def load(*args, **kwargs):
+        raise out_of_memory
+
+    monkeypatch.setattr(torch, "load", load)
+    capsys.readouterr()
+    argv = flags(workspace, "--name", "a", "--continual", "--resume")
+    assert multihead.command("modelzoo.py", "modelzoo", modelzoo.run, argv) == 2
+    assert "too little memory with batch 8; try less" in capsys.readouterr().err
+    assert (workspace / "runs/a/learners/001.pt").read_bytes() == before
+
+
+def test_half_a_line_of_the_log_costs_no_other(workspace):
+    start(workspace, "a", "--continual")
+    log = workspace / "runs/a/log.jsonl"
+    whole = log.read_text()
+    *lines, last = whole.splitlines(keepends=True)
+    assert "epoch" not in last  # the last round's own
+    log.write_text("".join(lines) + last[:10])
+    start(workspace, "a", "--continual", "--resume")
+    assert log.read_text() == whole
+
+
 def test_log_that_cannot_be_read(workspace, capsys):
     start(workspace, "a", "--continual")
     log = workspace / "runs/a/log.jsonl"

@@ -12,6 +12,7 @@ from utils.run_net import (
     PAD,
     SGD,
     capture_step,
+    choose_device,
     choose_precision,
     learning_rate,
     normalise,
@@ -142,14 +143,26 @@ def test_same_seed_same_net_and_another_seed_another(changes):
     assert nets[0].equal(nets[1]) and not nets[0].equal(nets[2])
 
 
+@pytest.mark.parametrize("asked, index", [("auto", 0), ("cuda", 0), ("cuda:1", 1)])
+def test_a_cuda_device_has_an_index_and_becomes_the_current_one(monkeypatch, asked, index):
+    current = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", current.append, raising=False)  # below torch's own checks
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
+    assert choose_device(asked) == torch.device("cuda", index) and current == [index]
+
+
 @pytest.mark.parametrize("device, has, chosen", [
-    ("cuda", {}, "bf16"),
+    ("cuda", {"native": True}, "bf16"),
+    ("cuda", {"native": False}, "fp32"),
     ("cpu", {"avx512_f": True, "avx512_bf16": True}, "bf16"),
     ("cpu", {"avx512_f": True, "avx512_bf16": False}, "fp32"),
     ("cpu", {"architecture": "aarch64"}, "fp32"),
 ])  # fmt: skip
 def test_auto_is_bf16_where_the_processor_multiplies_it(monkeypatch, device, has, chosen):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has.get("native") or
+                        including_emulation)  # fmt: skip
     assert choose_precision("auto", torch.device(device)) == chosen
     assert choose_precision("fp32", torch.device(device)) == "fp32"
     assert choose_precision("bf16", torch.device(device)) == "bf16"

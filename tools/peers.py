@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from multihead import finish, guard, open_folder, prepare, require_finite
+from multihead import finish, guard, name_batch, open_folder, prepare, require_finite
 from net.build_net import build_net, set_dropout_generator
 from utils import metrics
 from utils.config import ConfigError, read_peers
@@ -240,10 +240,8 @@ def main(argv=None):
     if importlib.util.find_spec("avalanche") is None:
         raise ConfigError("the package avalanche-lib is missing; pip install -r requirements-peers.txt brings it")
     for settings in all_settings:
-        try:
+        with name_batch(settings):
             run(settings)
-        except torch.OutOfMemoryError as e:
-            raise RunError(f"{settings.device}: too little memory with batch {settings.batch}; try less") from e
     return 0
 
 

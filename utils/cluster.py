@@ -62,6 +62,8 @@ def share_out(what, cpus, gpus, device):
         gpus = float(device != "cpu" and any(node.get("GPU") for node in nodes))
     if gpus == 0 and device.startswith("cuda"):
         raise ConfigError(f"--device: {device} is not there: Ray sees no GPU")
+    if ":" in device:
+        raise ConfigError(f"--device: Ray chooses the GPU of each {what}; give cuda, not {device}")
     slots = sum(int(min(node.get("CPU", 0) / cpus, node.get("GPU", 0) / gpus if gpus else 1e9)) for node in nodes)
     if slots == 0:
         most = [max(node.get(resource, 0) for node in nodes) for resource in ("CPU", "GPU")]

@@ -159,6 +159,8 @@ def load_tensors(path, device):
         raise ValueError("damaged")
     try:
         return torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise  # the file is whole
     except Exception as e:  # whole, but of another program: torch raises nearly anything on it
         raise ValueError("not a learner's file") from e
 
@@ -216,7 +218,7 @@ class RunLog:
     def __init__(self, folder, rounds, work, tensorboard=False):
         self.path = folder / "log.jsonl"
         self.events = Events(folder / "tensorboard") if tensorboard else None
-        self.round_lines = {line["round"] for line in self.read() if "epoch" not in line}
+        self.rewrite(self.read())  # without the half line that a full disk or a power cut may leave
         self.rounds = rounds
         self.console = make_console()
         self.bars = progress.Progress(
@@ -294,11 +296,15 @@ class RunLog:
         last = math.inf  # a round's own line comes after its epochs
         lines = self.read()
         kept = [line for line in lines if (line["round"], line.get("epoch", last)) < (round, epoch)]
-        if self.path.exists():
-            write_file(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        self.rewrite(kept)
         if self.events and len(kept) < len(lines):
             self.events.rewrite(kept)
-        self.round_lines = {line["round"] for line in kept if "epoch" not in line}
+
+    def rewrite(self, lines):
+        """Let log.jsonl hold `lines` alone; a `RunError` where the disk refuses."""
+        if self.path.exists():
+            write_file(self.path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        self.round_lines = {line["round"] for line in lines if "epoch" not in line}
 
 
 class Events:

@@ -40,15 +40,16 @@ def choose_device(device):
     if device == "auto":
         device = "cuda" if count else "cpu"
     device = torch.device(device)
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise ConfigError(f"--device: {device} is not there: torch sees {count} CUDA devices; cpu always works")
     if device.type == "cuda":
+        if (device.index or 0) >= count:
+            raise ConfigError(f"--device: {device} is not there: torch sees {count} CUDA devices; cpu always works")
+        device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)  # streams and graphs are made on the current one
     return device
 
 
 def choose_precision(precision, device):
-    """The precision of the backbone, fp32, bf16 or fp16: auto is bf16 on CUDA and on CPUs that multiply it, else fp32.
+    """The precision of the backbone, fp32, bf16 or fp16: auto is bf16 on GPUs and CPUs that multiply it, else fp32.
 
     Raises:
         ConfigError: fp16 on a CPU, which has no use for it.
@@ -56,9 +57,10 @@ def choose_precision(precision, device):
     if precision == "fp16" and device.type == "cpu":
         raise ConfigError("--precision: fp16 needs a CUDA device; on a CPU take fp32 or bf16")
     if precision == "auto":
-        # A CPU without these instructions is slower in bfloat16 than in float32.
-        native = device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
-        return "bf16" if native else "fp32"
+        # Emulated, bfloat16 is slower than float32.
+        if device.type == "cuda":
+            return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        return "bf16" if torch.cpu.get_capabilities().get("avx512_bf16", False) else "fp32"
     return precision
 
 
@@ -271,7 +273,8 @@ def train_net(net, images, rows, heads, labels, *, epochs, batch, lr, l2_reg, sc
 def predict_logits(net, images, rows, head, num_classes, precision):
     """Logits [n, C_t] in float32 of `rows` ([n] int64) of `images` through one head, without augmentation."""
     net.eval()
-    batch = 1000 if images.is_cuda else 128  # on a CPU larger ones fall out of the caches and take twice as long
+    # A GPU wants many rows, but fewer of larger images; on a CPU more fall out of the caches and take twice as long.
+    batch = max(1, min(1000, 1000 * 32 * 32 // images.shape[2:].numel())) if images.is_cuda else 128
     out = []
     for i in rows.split(batch):
         out.append(forward(net, images[i], torch.full_like(i, head), precision)[:, :num_classes])
