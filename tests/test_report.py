@@ -9,12 +9,13 @@ import subprocess
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 import multihead
-from tools import report
+from tools import report, runs
 from tools.report import find_outlier, measure, summarise
-from tools.runs import group_runs, printable, read_run
+from tools.runs import group_runs, make_ensemble, printable, read_run
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -128,6 +129,56 @@ def test_kinds_are_named(tmp_path):
                make_run(tmp_path / "d", [[0.6, 0.6]], continual=False)]  # fmt: skip
     labels = [group.label for group in read_groups(folders)[0]]
     assert labels == ["Model Zoo", "Isolated", "Multi-Head", "Model Zoo, multi-task"]
+
+
+@pytest.fixture
+def ensemble(tmp_path, monkeypatch):
+    """A function of (seed, settings) pairs: the ensemble of the runs made with them, of any predictions."""
+    monkeypatch.setattr(runs, "load_log_probs", lambda run: ([torch.tensor([[0.7, 0.3]]).log()], [torch.tensor([0])]))
+
+    def make(*members):
+        folders = [tmp_path / "-".join(map(str, (seed, *config.values()))) for seed, config in members]
+        for folder, (seed, config) in zip(folders, members, strict=True):
+            if not folder.exists():
+                about = {"settings": {"data": config.pop("data")}} if "data" in config else None
+                make_run(folder, [[1.0]], seed, about=about, **config)
+        return make_ensemble(folders)
+
+    return make
+
+
+TWO, TEN = {"tasks_per_round": 2}, {"tasks_per_round": 10}
+
+
+def test_ensembles_of_other_members_are_other_ensembles(ensemble):
+    """Found by review: the second was left out, because its seeds and the settings that its members share agree."""
+    groups, notes = group_runs([ensemble((0, TWO), (1, TEN)), ensemble((0, {"tasks_per_round": 3}), (1, TEN))])
+    assert [len(group.runs) for group in groups] == [1, 1]
+    assert notes == []
+
+
+def test_ensembles_of_the_same_settings_are_a_group(ensemble):
+    crossed = ensemble((0, TWO), (1, TEN)), ensemble((0, TEN), (1, TWO))
+    (group,), notes = group_runs([*crossed, ensemble((1, TEN), (0, TWO))])
+    assert len(group.runs) == 2
+    assert len(notes) == 1
+    assert "has the same settings and seed" in notes[0]
+
+
+def test_only_ensembles_with_a_member_in_common_share_runs(ensemble):
+    """Found by review: two members of one seed, but of different settings, were called shared."""
+    assert group_runs([ensemble((0, TWO), (0, TEN))])[1] == []
+    assert group_runs([ensemble((0, TWO), (1, TEN)), ensemble((1, TWO), (0, TEN))])[1] == []
+    _, notes = group_runs([ensemble((0, TWO), (1, TEN)), ensemble((0, TWO), (2, TEN))])
+    assert len(notes) == 1
+    assert "the ensembles share runs" in notes[0]
+
+
+def test_ensemble_of_runs_on_different_rows_is_told(ensemble):
+    assert group_runs([ensemble((0, {"data": "a"}), (1, {"data": "a"}))])[1] == []
+    _, notes = group_runs([ensemble((2, {"data": "a"}), (3, {"data": "b"}))])
+    assert notes == ["ensemble of 2 Model Zoo: its members were trained on different rows, so that it gains by more "
+                     "data as well as by averaging"]  # fmt: skip
 
 
 def test_metrics_and_forward_transfer_by_hand(tmp_path):

@@ -27,7 +27,7 @@ class Run:
     Attributes:
         path: of its folder (an ensemble: of all, in one text).
         kind: Model Zoo, Isolated, Multi-Head, Avalanche Replay, ...
-        seed: whole number (an ensemble: a tuple of those of its members).
+        seed: whole number (an ensemble: a tuple of those of its members, in their order).
         settings: what decides the run, without the seed; the keys of DATA stand as one, tasks.
         names: [T] of the tasks seen.
         tasks: what was learned: dataset, path, size and the source labels of each task seen, in one text.
@@ -36,6 +36,8 @@ class Run:
         cost: networks (that speak for a task, mean over tasks), seconds, rows_trained, parameters,
             stored_rows; None where unknown.
         about: commit, hardware and torch's version, as texts.
+        data: checksum of rows, labels and tasks; None where unknown, and in an ensemble.
+        members: the runs of an ensemble, in the order of their settings and seeds; none in a run.
     """
 
     path: str
@@ -48,6 +50,8 @@ class Run:
     rounds: list
     cost: dict
     about: dict
+    data: str | None = None
+    members: tuple = ()
 
     def metrics(self):
         """Each of METRICS in [0, 1], None where it is undefined."""
@@ -153,6 +157,7 @@ def _parse(path, result, about):
         names, json.dumps([*data[:-1], classes]), matrix, rounds, cost,
         {"commit": commit[:10] + "+" * commit.endswith("+"), "hardware": printable(about.get("hardware")),
          "torch": printable(versions.get("torch"))},
+        (about.get("settings") or {}).get("data"),
     )  # fmt: skip
 
 
@@ -208,7 +213,7 @@ def make_ensemble(paths):
         if run.tasks != first.tasks:
             raise ConfigError(f"--ensemble: {first.path} and {run.path} are not over the same tasks")
         for other in runs[:i]:
-            if (_key(run), run.seed) == (_key(other), other.seed):
+            if _member(run) == _member(other):
                 raise ConfigError(f"--ensemble: {other.path} and {run.path} are the same run: settings and seed agree")
     predictions, all_labels = zip(*map(load_log_probs, runs), strict=True)
     for run, labels in zip(runs, all_labels, strict=True):
@@ -224,13 +229,19 @@ def make_ensemble(paths):
     about = {key: "; ".join(dict.fromkeys(run.about[key] for run in runs)) for key in first.about}
     settings = {k: v for k, v in first.settings.items() if all(run.settings.get(k) == v for run in runs)}
     kind = f"ensemble of {len(runs)} {kinds.pop() if len(kinds) == 1 else 'runs'}"
-    return Run(" ".join(map(str, paths)), kind, tuple(sorted(run.seed for run in runs)), settings, first.names,
-               first.tasks, [row], [], cost, about)  # fmt: skip
+    members = tuple(sorted(runs, key=_member))
+    return Run(" ".join(map(str, paths)), kind, tuple(run.seed for run in members), settings, first.names,
+               first.tasks, [row], [], cost, about, members=members)  # fmt: skip
 
 
 def _key(run):
+    """What the runs of a group have in common: of ensembles, the settings of each of their members."""
     settings = {k: v for k, v in run.settings.items() if k != "tasks"}  # which names the file
-    return json.dumps([run.kind, run.tasks, settings], sort_keys=True)
+    return json.dumps([run.kind, run.tasks, [*map(_key, run.members)] or settings], sort_keys=True)
+
+
+def _member(run):
+    return _key(run), run.seed
 
 
 def group_runs(runs):
@@ -259,10 +270,13 @@ def group_runs(runs):
         texts = [setting_text(runs[0], k) for k in keys if not (k in ZOO_FLAGS and runs[0].settings.get(k) is False)]
         label = ", ".join([runs[0].kind, *filter(None, texts)])
         labels.append(label + f" ({labels.count(label) + 1})" * (label in labels))
-        drawn = [seed for run in runs if isinstance(run.seed, tuple) for seed in run.seed]
+        drawn = [_member(member) for run in runs for member in run.members]
         if len(set(drawn)) < len(drawn):
             notes.append(f"{label}: the ensembles share runs, so they are alike by more than chance and the spread "
                          "between them is too small")  # fmt: skip
+        if any(len({member.data for member in run.members} - {None}) > 1 for run in runs):
+            notes.append(f"{label}: its members were trained on different rows, so that it gains by more data as well "
+                         "as by averaging")  # fmt: skip
     return [Group(label, runs) for label, runs in zip(labels, members, strict=True)], notes
 
 
