@@ -280,6 +280,28 @@ def test_latex_and_markdown_keep_their_signs(tmp_path, capsys):
     assert r"x\|y_z%" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("width", [80, 100, None])
+def test_numbers_keep_their_digits_on_any_terminal(tmp_path, capsys, monkeypatch, width):
+    """Found by review: on 80 columns 812,500 was 812,… and on 120 the settings were folded where nothing need be."""
+    if width:
+        monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+        monkeypatch.setenv("COLUMNS", str(width))
+    folders = make_seeds(tmp_path, "zoo", [0.7, 0.72, 0.8], cost=(12345678.0, 812500, 1871925), samples=100)
+    folders += make_seeds(tmp_path, "iso", [0.7, 0.72, 0.81], cost=(12.0, 187500, 1791675), tasks_per_round=1)
+    assert report_of(*folders) == 0
+    out = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    assert "…" not in out
+    # deviations -4, -2 and 6: sd sqrt(28) = 5.29, half width 4.302653 x 5.2915 / sqrt(3) = 13.145
+    for number in ("74.00", "5.29", "60.86", "87.14", "1.5", "812,500", "1,871,925", "12,345,678"):
+        assert f" {number} " in out.replace("\n", " ")
+    tables = [line for line in out.splitlines() if not line.startswith("note: ")]
+    if width:
+        assert max(map(len, tables)) <= width
+    else:
+        assert "seconds\n" in re.sub(" +\n", "\n", out)
+        assert any("Model Zoo" in line and "tasks_per_round 2" in line and "torch" in line for line in tables)
+
+
 # -- bad input
 
 

@@ -12,6 +12,7 @@ import sys
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from textwrap import wrap
 
 from scipy import stats
 
@@ -19,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich import box
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from multihead import guard
 from tools.page import make_page
@@ -230,15 +232,26 @@ def show(value, spec):
 
 
 def print_text(tables, notes):
-    """Print tables and notes for people."""
+    """Print tables and notes for people: on a terminal texts are folded to its width, and numbers never."""
     console = make_console()
+    if not console.is_terminal:
+        console.width = 10_000  # of which a table takes what it needs
+    gap = int(console.width >= 100)  # two spaces between columns, where there is room for them, else one
     for table in tables:
-        rich = RichTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD)
-        for heading, spec in table.columns:
-            rich.add_column(heading, justify="right" if spec else "left")
-        for row in table.rows:
-            rich.add_row(*(show(x, spec).replace("[", r"\[") for x, (_, spec) in zip(row, table.columns, strict=True)))
-        console.print(rich)
+        rich = RichTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False,
+                         padding=(0, gap), collapse_padding=True)  # fmt: skip
+        rows = [[show(x, s) for x, (_, s) in zip(row, table.columns, strict=True)] for row in table.rows]
+        for (heading, spec), *cells in zip(table.columns, *rows, strict=True):
+            if spec:
+                lines = wrap(heading, 8, break_long_words=False)
+                width = max(map(len, lines + cells))
+                rich.add_column("\n".join(lines), justify="right", no_wrap=True, min_width=width)
+            else:
+                rich.add_column(heading, overflow="fold", min_width=8)
+        for row in rows:
+            rich.add_row(*map(Text, row))
+        console.print(rich, crop=False)
+        console.print()
     for note in notes:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
 
