@@ -126,7 +126,7 @@ def test_what_does_not_fit_costs_a_line(tmp_path, capsys, zoo, joint):
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
     assert "not over the same tasks as Model Zoo, 3 tasks of toy" in lines[0]
-    assert "Multi-Head, 3 tasks of toy: this kind of run has no place in the figure seen" in lines[1]
+    assert "Multi-Head: this kind of run has no place in the figure seen" in lines[1]
     faster = make_run(tmp_path / "faster", [[0.5] * 2], method="multihead", lr=0.1)
     assert plot_of("joint", *joint, faster, "--file", out) == 0
     assert "or settings differ" in capsys.readouterr().err

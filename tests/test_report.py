@@ -153,7 +153,8 @@ TWO, TEN = {"tasks_per_round": 2}, {"tasks_per_round": 10}
 def test_ensembles_of_other_members_are_other_ensembles(ensemble):
     """Found by review: the second was left out, because its seeds and the settings that its members share agree."""
     groups, notes = group_runs([ensemble((0, TWO), (1, TEN)), ensemble((0, {"tasks_per_round": 3}), (1, TEN))])
-    assert [len(group.runs) for group in groups] == [1, 1]
+    assert [(group.label, len(group.runs)) for group in groups] == [
+        ("ensemble of 2 Model Zoo", 1), ("ensemble of 2 Model Zoo (2)", 1)]  # fmt: skip
     assert notes == []
 
 
@@ -169,6 +170,7 @@ def test_only_ensembles_with_a_member_in_common_share_runs(ensemble):
     """Found by review: two members of one seed, but of different settings, were called shared."""
     assert group_runs([ensemble((0, TWO), (0, TEN))])[1] == []
     assert group_runs([ensemble((0, TWO), (1, TEN)), ensemble((1, TWO), (0, TEN))])[1] == []
+    assert group_runs([ensemble((0, TWO), (1, TEN)), ensemble((0, TWO), (1, TWO))])[1] == []
     _, notes = group_runs([ensemble((0, TWO), (1, TEN)), ensemble((0, TWO), (2, TEN))])
     assert len(notes) == 1
     assert "the ensembles share runs" in notes[0]
@@ -179,6 +181,21 @@ def test_ensemble_of_runs_on_different_rows_is_told(ensemble):
     _, notes = group_runs([ensemble((2, {"data": "a"}), (3, {"data": "b"}))])
     assert notes == ["ensemble of 2 Model Zoo: its members were trained on different rows, so that it gains by more "
                      "data as well as by averaging"]  # fmt: skip
+
+
+def test_labels_say_no_more_than_tells_a_kind_apart(tmp_path):
+    """Found by review: what differed between any two groups stood in the labels of all."""
+    same = {"samples": None, "schedule": "cosine"}
+    folders = [make_run(tmp_path / "a", [[0.6, 0.6]] * 2, **same),
+               make_run(tmp_path / "b", [[0.6, 0.6]] * 2, **same | {"samples": 20}),
+               make_run(tmp_path / "c", [[0.6, 0.6]] * 2, **same | {"samples": 20, "schedule": "constant"}),
+               make_run(tmp_path / "d", [[0.6] * 3] * 3, batch=4, **same),
+               make_run(tmp_path / "e", [[0.6] * 3], batch=4, method="multihead", **same)]  # fmt: skip
+    labels = ["Model Zoo, 2 tasks of toy, all samples", "Model Zoo, 2 tasks of toy, samples 20, schedule cosine",
+              "Model Zoo, 2 tasks of toy, samples 20, schedule constant", "Model Zoo, 3 tasks of toy",
+              "Multi-Head"]  # fmt: skip
+    assert [group.label for group in read_groups(folders)[0]] == labels
+    assert [group.label for group in read_groups(folders[::-1])[0]] == labels[::-1]
 
 
 def test_metrics_and_forward_transfer_by_hand(tmp_path):

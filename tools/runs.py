@@ -14,8 +14,7 @@ from utils.logger import FREE, RunError, load_tensors, task_names
 # Settings that may differ within a group: those that decide nothing, and the files, which count by what they say.
 APART = (*FREE, "save_nets", "seed", "names", "data_config", "hp_config")
 DATA = ("dataset", "path", "size", "tasks")  # one setting here: which tasks
-ZOO_FLAGS = ("num_rounds", "tasks_per_round", "replay_frac", "naive", "warm_start")
-OWN_FLAGS = (*ZOO_FLAGS, *PEER_FLAGS)  # mean something for some kinds of run only
+ZOO_FLAGS = ("num_rounds", "tasks_per_round", "replay_frac", "naive", "warm_start")  # mean nothing for other kinds
 PEER_KINDS = {f"avalanche-{method}": f"Avalanche {name}" for method, name in PEERS.items()}
 METRICS = ("average_accuracy", "learning_accuracy", "forgetting", "backward_transfer")
 
@@ -261,14 +260,7 @@ def group_runs(runs):
     members = [[seeds[seed] for seed in sorted(seeds)] for seeds in found.values()]
     labels = []
     for runs in members:
-        peers = [r[0] for r in members if r[0].kind == runs[0].kind]
-        keys = [k for k in differing([r[0] for r in members]) if k not in OWN_FLAGS]
-        keys += [k for k in differing(peers) if k in OWN_FLAGS]
-        if "tasks" in keys:  # which says how many rounds there are
-            keys = [k for k in keys if k != "num_rounds" or not runs[0].settings.get("continual")]
-        # A flag of the zoo that is off goes without saying.
-        texts = [setting_text(runs[0], k) for k in keys if not (k in ZOO_FLAGS and runs[0].settings.get(k) is False)]
-        label = ", ".join([runs[0].kind, *filter(None, texts)])
+        label = _label(runs[0], [other[0] for other in members if other is not runs])
         labels.append(label + f" ({labels.count(label) + 1})" * (label in labels))
         drawn = [_member(member) for run in runs for member in run.members]
         if len(set(drawn)) < len(drawn):
@@ -278,6 +270,19 @@ def group_runs(runs):
             notes.append(f"{label}: its members were trained on different rows, so that it gains by more data as well "
                          "as by averaging")  # fmt: skip
     return [Group(label, runs) for label, runs in zip(labels, members, strict=True)], notes
+
+
+def _label(run, others):
+    """The kind of `run`, and of its settings one after the other while a run in `others` has the same."""
+    words, alike = [run.kind], [other for other in others if other.kind == run.kind]
+    for key in [key for key in run.settings if key != "all_tasks"]:
+        text = setting_text(run, key)
+        left = [other for other in alike if setting_text(other, key) == text]
+        # A flag of the zoo that is off goes without saying.
+        if len(left) < len(alike) and text and not (key in ZOO_FLAGS and run.settings[key] is False):
+            words.append(text)
+        alike = left
+    return ", ".join(words)
 
 
 def differing(runs):
@@ -293,6 +298,8 @@ def setting_text(run, key):
     value = run.settings[key]
     if key in PEER_FLAGS and value is None:
         return ""
+    if key == "samples" and value is None:
+        return "all samples"
     if isinstance(value, bool):
         return key if value else f"no {key}"
     return value if key == "tasks" else f"{key} {printable(value)}"
