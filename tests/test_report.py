@@ -255,6 +255,54 @@ def test_groups_without_common_seeds_are_compared_by_welch():
     assert report.welch([0.5] * 3, [0.4] * 3) == report.Summary("3, 3", pytest.approx(0.1))
 
 
+@pytest.mark.parametrize("seeds, test, n, note", [
+    # Model Zoo has seeds 0, 1 and 2; at least three shared seeds, or all that a group of fewer has, make pairs.
+    ([2, 3, 4], "Welch", "3, 3", "1 of 3 seeds are shared, too few for pairs: Welch's test is on all"),
+    ([1, 2, 3, 4], "Welch", "3, 4", "2 of 4 seeds are shared, too few for pairs: Welch's test is on all"),
+    ([0, 1, 2, 3], "paired", "3", "3 of 4 seeds are shared: the differences are on these"),
+    ([2, 3], "paired", "1", "1 of 3 seeds are shared: the differences are on these"),
+    ([0, 1, 2], "paired", "3", ""), ([3, 4, 5], "Welch", "3, 3", ""), ([3], "Welch", "3, 1", ""),
+])  # fmt: skip
+def test_pairs_are_not_bought_with_the_interval(tmp_path, capsys, seeds, test, n, note):
+    """Found by review: one seed in common was enough for a paired test of n = 1."""
+    folders = make_seeds(tmp_path, "zoo", [0.7, 0.72, 0.74])
+    folders += [make_run(tmp_path / f"iso{s}", [[0.6 + 0.01 * s**2] * 2] * 2, seed=s, tasks_per_round=1)
+                for s in seeds]  # fmt: skip
+    assert report_of(*folders, "--format", "csv") == 0
+    out, err = capsys.readouterr()
+    row = next(r for r in csv.DictReader(io.StringIO(out)) if r["minus"] and r["metric"] == "average_accuracy")
+    assert (row["test"], row["n"], row["low"] != "") == (test, n, test + n != "paired1" and n != "3, 1")
+    assert err.count("seeds are shared") == bool(note)
+    assert f"Model Zoo minus Isolated: {note}\n" in err or not note
+
+
+def test_forward_transfer_of_some_seeds_is_told(tmp_path, capsys):
+    zoo = make_seeds(tmp_path, "zoo", [0.7, 0.72, 0.74])
+    isolated = make_seeds(tmp_path, "iso", [0.6, 0.6, 0.6], tasks_per_round=1)
+    assert report_of(*zoo, *isolated) == 0
+    assert "forward transfer is" not in capsys.readouterr().out
+    assert report_of(*zoo, *isolated[:2]) == 0
+    assert "Model Zoo: forward transfer is of 2 of 3 seeds: Isolated has no others\n" in capsys.readouterr().out
+
+
+def test_many_groups_are_compared_with_the_first(tmp_path, capsys):
+    folders = [make_run(tmp_path / f"{lr}", [[lr, lr]], lr=lr, method="multihead") for lr in (0.3, 0.2, 0.5, 0.4)]
+    folders += [make_run(tmp_path / f"three{lr}", [[lr] * 3], lr=lr, method="multihead") for lr in (0.7, 0.6, 0.8)]
+
+    def pairs(*folders):
+        assert report_of(*folders, "--format", "markdown") == 0
+        out = capsys.readouterr().out
+        assert ("Differences to the first group over the same tasks" in out) == (len(folders) > 3)
+        return re.findall(r"^\| Multi-Head\D*([\d.]+) \| Multi-Head\D*([\d.]+) \|", out, re.M)
+
+    assert pairs(*folders[:3]) == [("0.3", "0.2"), ("0.3", "0.5"), ("0.2", "0.5")]
+    assert pairs(*folders[:4]) == [("0.3", "0.2"), ("0.3", "0.5"), ("0.3", "0.4")]
+    assert pairs(*folders[3::-1]) == [("0.4", "0.5"), ("0.4", "0.2"), ("0.4", "0.3")]
+    assert report_of(*folders, "--format", "csv") == 0
+    rows = csv.DictReader(io.StringIO(capsys.readouterr().out))
+    assert sum(row["minus"] != "" for row in rows) == 6 + 3
+
+
 def test_too_few_seeds_warn_and_give_no_interval(tmp_path, capsys):
     assert report_of(*make_seeds(tmp_path, "zoo", [0.7, 0.8]), "--format", "markdown") == 0
     out = capsys.readouterr().out

@@ -31,6 +31,7 @@ from utils.logger import make_console
 
 LEVEL = 0.95
 FEWEST = 3  # values from which an interval is given: that of two is too wide to say anything
+MANY = 4  # groups from which only the differences to the first are shown: those between all grow with the square
 ROUND_OFF = 1e-12  # a standard deviation below it is rounding, of values that are all alike
 
 
@@ -131,8 +132,9 @@ def find_isolated(group, groups):
 
 
 def compare(groups, found):
-    """Differences between all groups over the same tasks: paired on the seeds that they share, else by Welch's test.
+    """Differences between all groups over the same tasks: paired on the seeds that they share, or by Welch's test.
 
+    Pairs need FEWEST shared seeds, unless a group is smaller than that: fewer would give up Welch's interval.
     Where seeds are shared by parts only, as those of an ensemble and of a single run, what they share makes both alike,
     and Welch's interval is too wide rather than too narrow.
 
@@ -146,11 +148,20 @@ def compare(groups, found):
         for metric in METRICS:
             of_a, of_b = found[a.label].get(metric, {}), found[b.label].get(metric, {})
             seeds = [seed for seed in of_a if seed in of_b]
-            if seeds:
+            if seeds and (len(seeds) >= FEWEST or min(len(of_a), len(of_b)) < FEWEST):
                 rows.append((a.label, b.label, metric, "paired", summarise([of_a[s] - of_b[s] for s in seeds])))
             elif of_a and of_b:
                 rows.append((a.label, b.label, metric, "Welch", welch([*of_a.values()], [*of_b.values()])))
     return rows
+
+
+def choose_shown(groups, differences):
+    """Of `compare`'s differences all, but of MANY groups over the same tasks only those to the first of these."""
+    alike = {}
+    for group in groups:
+        alike.setdefault(group.runs[0].tasks, []).append(group.label)
+    kept = {label for labels in alike.values() for label in (labels if len(labels) < MANY else labels[:1])}
+    return [difference for difference in differences if difference[0] in kept]
 
 
 def welch(a, b):
@@ -163,8 +174,8 @@ def welch(a, b):
     return Summary(n, mean, None, float(interval.low), float(interval.high), float(test.pvalue))
 
 
-def warnings(groups, found):
-    """A line for whatever a reader of the numbers should not overlook."""
+def warnings(groups, found, differences):
+    """A line for whatever a reader of the numbers and of the `differences` shown should not overlook."""
     lines = []
     for group in groups:
         n = len(group.runs)
@@ -174,19 +185,28 @@ def warnings(groups, found):
         if seed is not None:
             lines.append(f"{group.label}: seed {seed} is an outlier (Grubbs' test at 5 %): find out why before "
                          "anything is made of the mean; it is counted here")  # fmt: skip
-        if group.runs[0].kind == "Model Zoo" and "forward_transfer" not in found[group.label]:
+        transferred = len(found[group.label].get("forward_transfer", ()))
+        if group.runs[0].kind == "Model Zoo" and not transferred:
             lines.append(f"{group.label}: no forward transfer: no Isolated run of the same settings and seeds is here")
+        elif 0 < transferred < n:
+            lines.append(f"{group.label}: forward transfer is of {transferred} of {n} seeds: Isolated has no others")
         for key, what in (("commit", "commits"), ("hardware", "machines"), ("torch", "versions of torch")):
             if len({run.about[key] for run in group.runs}) > 1:
                 lines.append(f"{group.label}: its runs are of different {what}")
+    for a, b, metric, test, _ in differences:
+        of_a, of_b = found[a][metric], found[b][metric]
+        shared, n = len(of_a.keys() & of_b.keys()), max(len(of_a), len(of_b))
+        if metric == METRICS[0] and 0 < shared < n:
+            how = {"paired": ": the differences are on these", "Welch": ", too few for pairs: Welch's test is on all"}
+            lines.append(f"{a} minus {b}: {shared} of {n} seeds are shared{how[test]}")
     if len({group.runs[0].tasks for group in groups}) > 1:
         tasks = dict.fromkeys(group.runs[0].settings.get("tasks", "others") for group in groups)
         lines.append(f"groups over different tasks are not compared with each other: {'; '.join(tasks)}")
     return lines
 
 
-def make_tables(groups, found, differences):
-    """The report's tables, accuracies in per cent."""
+def make_tables(groups, found, differences, shown):
+    """The report's tables, accuracies in per cent; `shown` are those of the differences that are."""
     spread = (("n", "d"), ("mean", "z.2f"), ("sd", "z.2f"), ("95 % from", "z.2f"), ("to", "z.2f"))
 
     def cells(s):
@@ -210,12 +230,16 @@ def make_tables(groups, found, differences):
         origin = [f"{key} {'; '.join(dict.fromkeys(run.about[key] for run in g.runs))}" for key in g.runs[0].about]
         texts = [text for key in differ if (text := setting_text(g.runs[0], key))]
         settings.append([g.label, " ".join(seeds), ", ".join(texts), ", ".join(origin)])
-    found_differences = [[a, b, words(m), test, *cells(s), s.p] for a, b, m, test, s in differences]
+    found_differences = [[a, b, words(m), test, *cells(s), s.p] for a, b, m, test, s in shown]
+    title = "Differences (percentage points; p not corrected for many tests)"
+    if len(shown) < len(differences):
+        title = ("Differences to the first group over the same tasks (percentage points; p not corrected for many "
+                 "tests; --format csv has all pairs)")  # fmt: skip
     return [table for table in (
         Table("Average accuracy (%) and what it costs", (("group", ""), *spread, *costs.values()), accuracy),
         Table("Other metrics (%)", (("group", ""), ("metric", ""), *spread), others),
-        Table("Differences (percentage points; on the same seeds where there are any; p not corrected for many tests)",
-              (("group", ""), ("minus", ""), ("metric", ""), ("t-test", ""), *spread, ("p", ".2g")), found_differences),
+        Table(title, (("group", ""), ("minus", ""), ("metric", ""), ("t-test", ""), *spread, ("p", ".2g")),
+              found_differences),
         Table("Settings that differ, and where the numbers come from",
               (("group", ""), ("seeds", ""), ("settings", ""), ("made with", "")), settings),
     ) if table.rows]  # fmt: skip
@@ -334,12 +358,13 @@ def main(argv=None):
     groups, notes = group_runs(read_runs("report.py", flags.runs, flags.ensemble))
     found = measure(groups)
     differences = compare(groups, found)
-    notes += warnings(groups, found)
-    tables = make_tables(groups, found, differences)
+    shown = choose_shown(groups, differences)
+    notes += warnings(groups, found, shown)
+    tables = make_tables(groups, found, differences, shown)
     if flags.html:
-        shown = [(t.title, [h for h, _ in t.columns], [bool(s) for _, s in t.columns],
+        texts = [(t.title, [h for h, _ in t.columns], [bool(s) for _, s in t.columns],
                   [[show(x, s) for x, (_, s) in zip(r, t.columns, strict=True)] for r in t.rows]) for t in tables]
-        write(flags.html, make_page(shown, notes, make_figures(groups)))
+        write(flags.html, make_page(texts, notes, make_figures(groups)))
     if flags.format == "text":
         print_text(tables, notes)
     elif flags.format == "csv":
