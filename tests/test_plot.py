@@ -85,6 +85,18 @@ def test_bars_are_means_with_intervals_and_dots(zoo, joint):
     assert axis.patches[1].get_hatch()
 
 
+def test_bars_keep_their_text_where_the_interval_passes_100(tmp_path):
+    """Found by review: the text stood where the interval ends, beyond the axis, and was clipped away."""
+    figure = figure_of("bars", make_seeds(tmp_path, "zoo", [0.97, 0.999, 0.93]))
+    figure.draw_without_rendering()
+    (text,) = figure.axes[0].texts
+    # mean 96.63, sd 3.465, half width 4.302653 x 3.465 / sqrt(3) = 8.6
+    assert text.get_text() == "96.6 ± 8.6  (n = 3)"
+    assert text.xy[0] == 100
+    assert text.get_annotation_clip() is False
+    assert figure.axes[0].bbox.x1 < text.get_window_extent().x0 < text.get_window_extent().x1 <= figure.bbox.x1
+
+
 def test_draws_show_shares_and_weights(zoo):
     figure = figure_of("draws", zoo)
     shares, weights = (axis.collections[0].get_array() for axis in figure.axes[:2])

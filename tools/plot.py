@@ -187,13 +187,14 @@ def draw_bars(groups):
         half = None if s.low is None else s.high - s.mean
         axis.barh(i, s.mean, 0.62, color=COLOURS[i % len(COLOURS)], alpha=0.75, hatch=HATCHES[i % len(HATCHES)],
                   edgecolor="white", xerr=half, error_kw={"capsize": 3, "linewidth": 1})  # fmt: skip
-        axis.scatter(values, [i] * len(values), s=9, facecolor="white", edgecolor="black", linewidth=0.6, zorder=3)
+        axis.scatter(values, [i] * len(values), s=9, facecolor="white", edgecolor="black", linewidth=0.6, zorder=3,
+                     clip_on=False)  # fmt: skip
         text = f"{s.mean:.1f}" + f" ± {half or 0:.1f}" * (half is not None) + f"  (n = {s.n})"
-        axis.annotate(text, (max([s.high or 0, *values]), i), (5, 0), textcoords="offset points", va="center")
+        end = min(max([s.high or 0, *values]), 100)  # where the axis ends; an interval may pass it
+        axis.annotate(text, (end, i), (5, 0), textcoords="offset points", va="center", annotation_clip=False)
     axis.set_yticks(range(len(groups)), labels)
     axis.invert_yaxis()
     axis.set_xlim(0, 100)
-    axis.margins(x=0.15)
     axis.set_xlabel("average accuracy (%); bar: mean over seeds, whisker: 95 % interval, dot: a seed")
     return figure
 
