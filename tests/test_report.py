@@ -460,6 +460,12 @@ def test_page_is_self_contained_and_escaped(tmp_path, capsys):
     assert "url(" not in page
     # of two tasks: bars, curves, matrix, draws; of three: bars, matrix; and the joint figure
     assert page.count("<img ") == 7
+    # Found by review: headings stood there twice without a word of which tasks.
+    headings = re.findall("<h2>(.*?)</h2>", page)
+    assert len(set(headings)) == len(headings)
+    assert {"Average accuracy: 2 tasks of &lt;b&gt;", "Average accuracy: 3 tasks of toy"} <= set(headings)
+    assert report_of(folders[0], "--html", tmp_path / "page.html") == 0
+    assert "<h2>Average accuracy</h2>" in (tmp_path / "page.html").read_text()
     assert report_of(*folders, "--html", tmp_path / "no" / "page.html") == 2
     assert "cannot be written" in capsys.readouterr().err
 

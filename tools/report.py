@@ -199,10 +199,17 @@ def warnings(groups, found, differences):
         if metric == METRICS[0] and 0 < shared < n:
             how = {"paired": ": the differences are on these", "Welch": ", too few for pairs: Welch's test is on all"}
             lines.append(f"{a} minus {b}: {shared} of {n} seeds are shared{how[test]}")
-    if len({group.runs[0].tasks for group in groups}) > 1:
-        tasks = dict.fromkeys(group.runs[0].settings.get("tasks", "others") for group in groups)
-        lines.append(f"groups over different tasks are not compared with each other: {'; '.join(tasks)}")
+    if len(tasks := name_tasks(groups)) > 1:
+        lines.append(f"groups over different tasks are not compared with each other: {'; '.join(tasks.values())}")
     return lines
+
+
+def name_tasks(groups):
+    """What the groups are over, in words: dict `Run.tasks` -> text."""
+    names = {}
+    for group in groups:
+        names.setdefault(group.runs[0].tasks, group.runs[0].settings.get("tasks", "other tasks"))
+    return names
 
 
 def make_tables(groups, found, differences, shown):
@@ -333,14 +340,14 @@ def make_figures(groups):
     """The page's figures: a list of (title, SVG)."""
     from tools import plot  # matplotlib is needed here alone
 
-    figures = []
-    for tasks in dict.fromkeys(g.runs[0].tasks for g in groups):
+    figures, names = [], name_tasks(groups)
+    for tasks, name in names.items():
         alike = [g for g in groups if g.runs[0].tasks == tasks]
         for kind, (title, _, _) in plot.KINDS.items():
             if kind == "joint":
                 continue
             if chosen := plot.choose(kind, alike)[0]:
-                figures.append((title, plot.draw(kind, chosen)))
+                figures.append((title + f": {name}" * (len(names) > 1), plot.draw(kind, chosen)))
     if chosen := plot.choose("joint", groups)[0]:
         figures.append((plot.KINDS["joint"][0], plot.draw("joint", chosen)))
     return [(title, plot.save(figure, "svg")) for title, figure in figures]
