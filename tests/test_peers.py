@@ -104,8 +104,25 @@ def test_report_names_the_methods_and_shows_rows_stored(tmp_path, capsys):
     assert "| rows trained | rows stored | parameters | seconds |" in out
     assert "| Avalanche Replay, memory 24 | 1 | 60.00 | – | – | – | 1.0 | 300 | 24 | 40 | 2 |" in out
     assert "| Model Zoo | 2 | 75.00 | 7.07 | – | – | 1.5 | 300 | – | 40 | 2 |" in out
+    assert "numbers stored" not in out
     assert report_of(*folders[:2], "--format", "markdown") == 0
     assert "rows stored" not in capsys.readouterr().out
+
+
+def test_report_shows_numbers_stored_where_some_are(tmp_path, capsys):
+    folders = [make_run(tmp_path / "zoo", [[0.7, 0.7]] * 2)]
+    for name, numbers in (("naive", 0), ("ewc", 160)):
+        folders.append(make_run(tmp_path / name, [[0.6, 0.6]] * 2, method=f"avalanche-{name}", continual=True))
+        result = json.loads((folders[-1] / "result.json").read_text())
+        (folders[-1] / "result.json").write_text(json.dumps(result | {"stored_rows": 0, "stored_numbers": numbers}))
+    assert report_of(*folders, "--format", "markdown") == 0
+    out = capsys.readouterr().out
+    assert "| rows stored | numbers stored | parameters | seconds |" in out
+    assert "| Avalanche EWC | 1 | 60.00 | – | – | – | 1.0 | 300 | 0 | 160 | 40 | 2 |" in out
+    assert "| Avalanche Naive | 1 | 60.00 | – | – | – | 1.0 | 300 | 0 | 0 | 40 | 2 |" in out
+    assert "| Model Zoo | 1 | 70.00 | – | – | – | 1.5 | 300 | – | – | 40 | 2 |" in out
+    assert report_of(*folders[:2], "--format", "markdown") == 0
+    assert "numbers stored" not in capsys.readouterr().out
 
 
 def test_rows_that_ours_store_by_hand(workspace):
@@ -189,15 +206,17 @@ def test_joint_mixes_more_tasks_than_a_batch_has_rows(workspace, avalanche):
     assert learn(workspace, "joint")["rows_trained"] == 60
 
 
-@pytest.mark.parametrize("method, rows, stored", [
+@pytest.mark.parametrize("method, rows, stored, copies", [
     # 3 tasks x 20 rows x 2 epochs. Memory 12 of which an epoch of 3 steps takes 8, 4 and 8 rows.
-    ("naive", 120, 0), ("replay", 120 + 2 * 2 * (8 + 4 + 8), 12),
-    # EWC's importances: each task's rows once more. A-GEM: 4 rows a task, a step of 6 takes 4 of one, then 8 of two.
-    ("ewc", 120 + 60, 0), ("agem", 120 + 6 * 4 + 6 * 8, 12),
+    ("naive", 120, 0, 0), ("replay", 120 + 2 * 2 * (8 + 4 + 8), 12, 0),
+    # EWC's importances: each task's rows once more; parameters and importances are kept for each of 3 tasks.
+    # A-GEM: 4 rows a task, a step of 6 takes 4 of one, then 8 of two.
+    ("ewc", 120 + 60, 0, 3 * 2), ("agem", 120 + 6 * 4 + 6 * 8, 12, 0),
 ])  # fmt: skip
-def test_rows_trained_and_stored_by_hand(workspace, avalanche, capsys, method, rows, stored):
+def test_cost_by_hand(workspace, avalanche, capsys, method, rows, stored, copies):
     result = learn(workspace, method, "--memory", "12")
     assert (result["method"], result["rows_trained"], result["stored_rows"]) == (f"avalanche-{method}", rows, stored)
+    assert result["stored_numbers"] == copies * result["parameters"]
     # The first convolution, two others with bias and norm, and three heads on D = 80 features.
     backbone = 9 * 80 + 2 * (9 * 80 * 80 + 80 + 2 * 80)
     assert result["parameters"] == backbone + 3 * 2 * 81

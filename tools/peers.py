@@ -5,7 +5,7 @@
 Each method leaves a run folder that report.py sets beside ours. Tasks, rows, labels, network and its first weights,
 augmentation, epochs, batch size, SGD and schedule (begun anew with every task) and evaluation are ours. Avalanche's are
 the loop, the memory and what is done with it, at its defaults: Replay adds to every batch of the new task one as large
-from memory; A-GEM takes a reference gradient on 64 stored rows at every step; EWC keeps a penalty a task.
+from memory; A-GEM takes a reference gradient on at most 64 stored rows at every step; EWC keeps a penalty a task.
 """
 import importlib.util
 import random
@@ -161,6 +161,13 @@ def count_stored(strategy, train):
     return len(train.labels) if type(strategy).__name__ == "Joint" else 0
 
 
+def count_numbers(strategy):
+    """How many numbers a strategy keeps beside the network's parameters: EWC's, two a parameter for every task."""
+    return sum(tensor.data.numel() for plugin in strategy.plugins if hasattr(plugin, "importances")
+               for by_task in (plugin.saved_params, plugin.importances)
+               for tensors in by_task.values() for tensor in tensors.values())  # fmt: skip
+
+
 def evaluate(net, test, t, precision, where):
     """Accuracy on the test rows of task t.
 
@@ -212,7 +219,7 @@ def train_peer(settings, precision, train, test, log):
                   f"accuracy {100 * mean:.2f} % on {seen} task{'s' * (seen > 1)} seen, {seconds:.1f} s")  # fmt: skip
     cost = {"seconds": sum(r["seconds"] for r in rounds), "rows_trained": model.rows_trained,
             "parameters": sum(p.numel() for p in net.parameters()),
-            "stored_rows": count_stored(strategy, train)}  # fmt: skip
+            "stored_rows": count_stored(strategy, train), "stored_numbers": count_numbers(strategy)}  # fmt: skip
     return matrix, rounds, cost
 
 

@@ -222,12 +222,14 @@ def make_tables(groups, found, differences, shown):
     accuracy, others, settings = [], [], []
     differ = differing([g.runs[0] for g in groups])
     costs = {"networks": ("networks a task", ".1f"), "rows_trained": ("rows trained", ",.0f"),
-             "stored_rows": ("rows stored", ",.0f"), "parameters": ("parameters", ",.0f"),
-             "seconds": ("seconds", ",.0f")}  # fmt: skip
+             "stored_rows": ("rows stored", ",.0f"), "stored_numbers": ("numbers stored", ",.0f"),
+             "parameters": ("parameters", ",.0f"), "seconds": ("seconds", ",.0f")}  # fmt: skip
     if not any("stored_rows" in of_group for of_group in found.values()):
         del costs["stored_rows"]
+    if not any(any(of_group.get("stored_numbers", {}).values()) for of_group in found.values()):
+        del costs["stored_numbers"]
     for g in groups:
-        cost = {key: summarise(list(found[g.label].get(key, {}).values())).mean for key in g.runs[0].cost}
+        cost = {key: summarise(list(found[g.label].get(key, {}).values())).mean for key in costs}
         accuracy.append([g.label, *cells(summarise(list(found[g.label]["average_accuracy"].values()))), *(
             cost[key] for key in costs)])  # fmt: skip
         for metric, values in found[g.label].items():

@@ -33,7 +33,7 @@ class Run:
         matrix: [rounds][T] test accuracy in [0, 1], None where a task was not yet seen.
         rounds: a dict a round, with tasks and weights, as in result.json; none in an ensemble.
         cost: networks (that speak for a task, mean over tasks), seconds, rows_trained, parameters,
-            stored_rows; None where unknown.
+            stored_rows, stored_numbers (not of ensembles); None where unknown.
         about: commit, hardware and torch's version, as texts.
         data: checksum of rows, labels and tasks; None where unknown, and in an ensemble.
         members: the runs of an ensemble, in the order of their settings and seeds; none in a run.
@@ -141,7 +141,8 @@ def _parse(path, result, about):
     else:
         kind = "Model Zoo, multi-task"
     heads = sum(len(r["tasks"]) for r in rounds) + len(classes) * config["warm_start"]
-    cost = {"networks": heads / len(classes)} | {key: result.get(key) for key in (*COST, "stored_rows")}
+    cost = {key: result.get(key) for key in (*COST, "stored_rows", "stored_numbers")}
+    cost = {"networks": heads / len(classes), **cost}
     need(all(x is None or number(x) for x in cost.values()), "cost")
     data = [config[key] for key in DATA]
     names = tuple(map(printable, task_names(config["tasks"], config["names"])[: len(classes)]))
@@ -221,7 +222,7 @@ def make_ensemble(paths):
     row = [metrics.accuracy(ensemble_log_probs(p, [1.0] * len(p)), y)
            for *p, y in zip(*predictions, all_labels[0], strict=True)]  # fmt: skip
     cost = {}
-    for key in first.cost:
+    for key in ("networks", *COST, "stored_rows"):  # peers, which alone store numbers, leave no predictions
         values = [run.cost[key] for run in runs]
         cost[key] = None if None in values else max(values) if key == "stored_rows" else sum(values)
     kinds = {run.kind for run in runs}
