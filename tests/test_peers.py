@@ -170,7 +170,7 @@ def test_naive_takes_our_steps(workspace, avalanche, monkeypatch, schedule):
     """With all rows of a task in one batch nothing is random: task after task, with schedule and momentum anew."""
     write_yaml(workspace / "hp.yaml", {**CONV, "batch": 100, "epochs": 4, "l2_reg": 0.01, "schedule": schedule})
     nets = catch_nets(monkeypatch)
-    learn(workspace, "naive", "--num_tasks", "2")
+    learn(workspace, "naive", "--num_tasks", "2", "--precision", "fp32")
     (settings,) = read_peers("", ["naive", "--num_tasks", "2", *flags(workspace)])
     _, _, train, _ = prepare(settings)
     ours = build_net("conv", train.images.shape[1:], train.classes, 0, derive_seed(0, 0, "init"))
@@ -187,8 +187,8 @@ def test_naive_takes_our_steps(workspace, avalanche, monkeypatch, schedule):
 def test_joint_is_our_multihead_on_all_tasks(workspace, avalanche, monkeypatch):
     write_yaml(workspace / "hp.yaml", {**CONV, "batch": 100, "epochs": 4, "schedule": "cosine"})
     nets = catch_nets(monkeypatch)
-    result = learn(workspace, "joint")
-    settings = read_settings("", "multihead", flags(workspace))
+    result = learn(workspace, "joint", "--precision", "fp32")
+    settings = read_settings("", "multihead", flags(workspace, "--precision", "fp32"))
     _, precision, train, _ = prepare(settings)
     tasks = range(3)
     *_, (ours, values, _) = train_epochs(settings, precision, train, tasks, [train.rows(t) for t in tasks], 0)
@@ -245,7 +245,7 @@ def test_penalty_holds_the_backbone(workspace, avalanche, monkeypatch):
     for words in (["naive", "--num_tasks", "1"], ["naive", "--num_tasks", "2"],
                   ["ewc", "--ewc_lambda", "0", "--num_tasks", "2"],
                   ["ewc", "--ewc_lambda", "1000", "--num_tasks", "2"]):  # fmt: skip
-        assert status_of(workspace, *words) == 0
+        assert status_of(workspace, *words, "--precision", "fp32") == 0
     first, naive, weightless, held = [net.backbone for net in nets]
     assert distance(weightless, naive) < 0.01 * distance(held, naive)
     assert 0 < distance(held, first) < distance(naive, first)
