@@ -420,6 +420,12 @@ def test_missing_unfinished_and_foreign_folders_are_one_line_each(tmp_path, caps
     assert "Model Zoo" in caught.out
 
 
+@pytest.mark.parametrize("about", [{"settings": {"data": ["a"]}}, {"settings": ["data"]}])
+def test_foreign_checksums_are_one_line(tmp_path, capsys, about):
+    assert report_of(make_run(tmp_path / "zoo", [[0.5, 0.5]] * 2, about=about)) == 2
+    assert_one_line(capsys, "not a result of this code")
+
+
 def test_a_config_that_wants_to_execute_is_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = make_run(tmp_path / "zoo", [[0.5, 0.5]] * 2)

@@ -229,9 +229,8 @@ def make_tables(groups, found, differences, shown):
     if not any(any(of_group.get("stored_numbers", {}).values()) for of_group in found.values()):
         del costs["stored_numbers"]
     for g in groups:
-        cost = {key: summarise(list(found[g.label].get(key, {}).values())).mean for key in costs}
-        accuracy.append([g.label, *cells(summarise(list(found[g.label]["average_accuracy"].values()))), *(
-            cost[key] for key in costs)])  # fmt: skip
+        cost = [summarise(list(found[g.label].get(key, {}).values())).mean for key in costs]
+        accuracy.append([g.label, *cells(summarise(list(found[g.label]["average_accuracy"].values()))), *cost])
         for metric, values in found[g.label].items():
             if metric not in ("average_accuracy", *g.runs[0].cost):
                 others.append([g.label, words(metric), *cells(summarise(list(values.values())))])

@@ -141,8 +141,8 @@ def _parse(path, result, about):
     else:
         kind = "Model Zoo, multi-task"
     heads = sum(len(r["tasks"]) for r in rounds) + len(classes) * config["warm_start"]
-    cost = {key: result.get(key) for key in (*COST, "stored_rows", "stored_numbers")}
-    cost = {"networks": heads / len(classes), **cost}
+    cost = {"networks": heads / len(classes)}
+    cost |= {key: result.get(key) for key in (*COST, "stored_rows", "stored_numbers")}
     need(all(x is None or number(x) for x in cost.values()), "cost")
     data = [config[key] for key in DATA]
     names = tuple(map(printable, task_names(config["tasks"], config["names"])[: len(classes)]))
@@ -151,13 +151,14 @@ def _parse(path, result, about):
     settings = {key: value for key, value in config.items() if key not in (*APART, *DATA)}
     versions = about.get("versions") or result.get("versions") or {}
     commit = printable(about.get("commit"))
+    checksum = (about.get("settings") or {}).get("data")
+    need(checksum is None or isinstance(checksum, str), "data")
     return Run(
         path, kind, config["seed"],
         {"tasks": f"{len(classes)} task{'s' * (len(classes) > 1)} of {stem}", **settings, "all_tasks": data},
         names, json.dumps([*data[:-1], classes]), matrix, rounds, cost,
         {"commit": commit[:10] + "+" * commit.endswith("+"), "hardware": printable(about.get("hardware")),
-         "torch": printable(versions.get("torch"))},
-        (about.get("settings") or {}).get("data"),
+         "torch": printable(versions.get("torch"))}, checksum,
     )  # fmt: skip
 
 
