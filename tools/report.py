@@ -266,22 +266,21 @@ def show(value, spec):
 def print_text(tables, notes):
     """Print tables and notes for people: on a terminal texts are folded to its width, and numbers never."""
     console = make_console()
-    if not console.is_terminal:
-        console.width = 10_000  # of which a table takes what it needs
-    gap = int(console.width >= 100)  # two spaces between columns, where there is room for them, else one
+    terminal = console.width if console.is_terminal else 10_000  # of which a table takes what it needs
+    gap = int(terminal >= 100)  # two spaces between columns, where there is room for them, else one
     for table in tables:
         rich = RichTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False,
                          padding=(0, gap), collapse_padding=True)  # fmt: skip
         rows = [[show(x, s) for x, (_, s) in zip(row, table.columns, strict=True)] for row in table.rows]
         for (heading, spec), *cells in zip(table.columns, *rows, strict=True):
-            if spec:
-                lines = wrap(heading, 8, break_long_words=False)
-                width = max(map(len, lines + cells))
-                rich.add_column("\n".join(lines), justify="right", no_wrap=True, min_width=width)
-            else:
-                rich.add_column(heading, overflow="fold", min_width=8)
+            lines = wrap(heading, 8, break_long_words=False) if spec else [heading]
+            width = max(map(len, lines + cells))
+            rich.add_column("\n".join(lines), justify="right" if spec else "left", no_wrap=bool(spec), overflow="fold",
+                            min_width=width if spec else min(width, 10))  # fmt: skip
         for row in rows:
             rich.add_row(*map(Text, row))
+        least = sum(column.min_width + gap + 1 for column in rich.columns) - gap - 1
+        console.width = max(terminal, least)  # in less rich leaves a column out
         console.print(rich, crop=False)
         console.print()
     for note in notes:
