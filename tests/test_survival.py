@@ -312,6 +312,21 @@ def test_whole_learner_that_memory_has_no_room_for_is_kept(workspace, capsys, mo
     assert (workspace / "runs/a/learners/001.pt").read_bytes() == before
 
 
+@pytest.mark.parametrize("work, line", [
+    (lambda: torch.empty(2**50), "too little memory with batch 8"),
+    (lambda: torch.empty(-1), None),
+])  # fmt: skip
+def test_a_cpu_without_room_is_one_line_and_other_errors_stay(workspace, monkeypatch, capsys, work, line):
+    monkeypatch.setattr(multihead, "train_net", lambda *args, **kwargs: work())
+    argv = flags(workspace, "--device", "cpu")
+    if line is None:
+        with pytest.raises(RuntimeError, match="negative dimension"):
+            multihead.command("multihead.py", "multihead", multihead.run, argv)
+    else:
+        assert multihead.command("multihead.py", "multihead", multihead.run, argv) == 2
+        assert line in capsys.readouterr().err
+
+
 def test_half_a_line_of_the_log_costs_no_other(workspace):
     start(workspace, "a", "--continual")
     log = workspace / "runs/a/log.jsonl"
