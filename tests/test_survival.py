@@ -273,6 +273,19 @@ def test_damaged_learner_is_set_aside_and_trained_again(workspace, capsys, damag
     assert "001.pt: damaged; kept as 001.pt.damaged, trained again" in capsys.readouterr().out
 
 
+def test_learner_that_is_trained_again_leaves_the_other_rounds_lines(workspace):
+    def read_log():
+        lines = map(json.loads, (workspace / "runs/a/log.jsonl").read_text().splitlines())
+        return sorted((line["round"], line.get("epoch", 9), line.get("train_loss", 0)) for line in lines)
+
+    start(workspace, "a", "--continual")
+    before = read_log()
+    assert [line[:2] for line in before] == [(round, epoch) for round in range(3) for epoch in (0, 1, 9)]
+    (workspace / "runs/a/learners/001.pt").unlink()
+    start(workspace, "a", "--continual", "--resume")
+    assert read_log() == before
+
+
 def test_learner_of_another_run_is_not_mixed_in(workspace, capsys):
     whole = start(workspace, "a", "--continual")
     start(workspace, "b", "--continual", "--samples", "3")

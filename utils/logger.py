@@ -292,10 +292,9 @@ class RunLog:
                 and isinstance(line.get("epoch", 0), int)]  # fmt: skip
 
     def forget(self, round, epoch=0):
-        """Drop the lines of `round` from `epoch` on and of later rounds, which a killed process left behind."""
-        last = math.inf  # a round's own line comes after its epochs
+        """Drop the lines of `round` from `epoch` on, its own line too: its learner is about to be trained (again)."""
         lines = self.read()
-        kept = [line for line in lines if (line["round"], line.get("epoch", last)) < (round, epoch)]
+        kept = [line for line in lines if line["round"] != round or line.get("epoch", math.inf) < epoch]
         self.rewrite(kept)
         if self.events and len(kept) < len(lines):
             self.events.rewrite(kept)
