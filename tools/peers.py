@@ -236,7 +236,8 @@ def run(settings):
             RunLog(folder, settings.num_rounds, work, settings.tensorboard) as log,
             warnings.catch_warnings(record=True, action="ignore"),
         ):
-            log.forget(0)
+            for k in range(settings.num_rounds):
+                log.forget(k)
             matrix, rounds, cost = train_peer(settings, precision, train, test, log)
         return finish(settings, device, precision, matrix, rounds, cost)
 
