@@ -18,7 +18,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-import yaml
 from rich import box
 from rich.table import Table
 
@@ -26,7 +25,7 @@ from datasets.data import checksum, hold_out
 from multihead import guard, name_batch, prepare, train_epochs
 from utils import metrics
 from utils.cluster import connect, share_out
-from utils.config import ConfigError, load_yaml, read_search
+from utils.config import ConfigError, dump_yaml, load_yaml, read_search
 from utils.logger import RunError, describe_hardware, make_console, open_run, write_file
 from utils.run_net import choose_device, choose_precision, derive_seed, predict_logits
 
@@ -165,7 +164,7 @@ def write_trials(path, rows):
 def write_best(path, settings, chosen, lines):
     """Write a hyper-parameter file: that of the search with its best settings, and `lines` at its head."""
     found = {key: value for key, value in load_yaml(settings.hp_config).items() if key != "search"}
-    text = yaml.safe_dump({**found, "epochs": settings.epochs, **chosen}, sort_keys=False)
+    text = dump_yaml({**found, "epochs": settings.epochs, **chosen})
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, ("".join(f"# {line}\n" for line in lines) + text).encode())
 

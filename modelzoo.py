@@ -157,11 +157,11 @@ class Zoo:
             ConfigError: the run kept no networks, or no such task.
             DataError: images of another type or shape.
         """
-        if task not in self.names and task not in range(len(self.names)):
+        t = self.names.index(task) if task in self.names else task
+        if not hasattr(t, "__index__") or t not in range(len(self.names)):
             raise ConfigError(f"task: {task!r} is not one of {', '.join(self.names)}, nor an index of one")
         if None in self.nets:
             raise ConfigError("the run kept no networks, which --save_nets does; only what it stored can be read")
-        t = task if task in range(len(self.names)) else self.names.index(task)
         device = self.test_labels[t].device
         images = make_images(images, self.learners[0].net["image_shape"]).to(device)
         rows, mean, weight = torch.arange(len(images), device=device), None, 0.0
@@ -255,7 +255,9 @@ def run(settings, loaded=None):
         RunError: training diverged or the disk refused; what was written before is safe.
     """
     device, precision, train, test = prepare(settings, loaded)
-    old = check_extension(settings, record(settings, device, precision), train, test) if settings.extend else []
+    old = []
+    if settings.extend is not None:
+        old = check_extension(settings, record(settings, device, precision), train, test)
     with open_folder(settings, device, precision, train, test) as folder:
         for k in range(len(old)):
             if not learner_path(folder, k).exists():

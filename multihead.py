@@ -365,6 +365,9 @@ def guard(prog, work):
     most the learner in training.
     """
     before = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a task's name may have letters that the terminal lacks
     try:
         return work() or 0
     except (ConfigError, DataError, RunError) as e:

@@ -246,7 +246,7 @@ def make_images(images, shape):
             raise DataError("no images")
         images = np.stack([load_image(file, shape) for file in images])
     if isinstance(images, np.ndarray):
-        images = torch.from_numpy(np.ascontiguousarray(images[..., None] if images.ndim == 3 else images))
+        images = torch.tensor(np.ascontiguousarray(images[..., None] if images.ndim == 3 else images))
         images = images.permute(0, 3, 1, 2) if images.ndim == 4 else images
     if not isinstance(images, torch.Tensor):
         raise DataError(f"images must be an array, a tensor or a list of files, not {type(images).__name__}")

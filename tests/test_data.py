@@ -298,6 +298,15 @@ def test_paths_that_no_file_has_are_refused(folder, path):
             build_dataset(dataset, [(0, 1)], folder, generator(), path=path, size=24)
 
 
+def test_a_link_in_the_data_folder_is_followed(folder):
+    (folder / "linked").symlink_to(folder / "pets")
+    train, _ = build_dataset("image_folder", [(0, 1)], folder, generator(), path="linked", size=24)
+    (folder / "data").mkdir()
+    (folder / "data" / "pets").symlink_to(folder / "pets")
+    outside, _ = build_dataset("image_folder", [(0, 1)], folder / "data", generator(), path="pets", size=24)
+    assert outside.images.equal(train.images)
+
+
 def test_cache_with_lists_of_different_lengths_is_refused(tmp_path):
     images = np.zeros((4, 84, 84, 3), np.uint8)
     (tmp_path / "a.pkl").write_bytes(pickle.dumps({"image_data": images, "class_dict": {"a": [[0], [1, 2]]}}))

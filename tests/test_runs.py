@@ -259,6 +259,13 @@ def test_scripts_as_a_shell_starts_them(workspace):
     assert shown.returncode == 0 and "--replay_frac" in shown.stdout
 
 
+def test_names_that_the_terminal_has_no_letters_for(workspace):
+    tasks = {"tasks": [[0, 1], [2, 3]], "names": ["grüße", "日本"]}
+    write_yaml(workspace / "data.yaml", {"dataset": "npz", "path": "toy.npz", **tasks})
+    done = run_script("modelzoo.py", *flags(workspace, "--continual"), PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and r"gr\xfc\xdfe" in done.stdout and done.stderr == ""
+
+
 def test_neither_data_nor_network_is_one_line(workspace):
     write_yaml(workspace / "data.yaml", {"dataset": "mnist", "tasks": [[0, 1]]})
     proxy = {f"{p}_proxy": "http://127.0.0.1:9" for p in ("http", "https")}

@@ -87,6 +87,7 @@ def test_a_zoo_of_an_unfinished_run_is_its_learners_so_far(saved):
     (["missing.png"], 0, "missing.png: not a readable image"),
     (np.zeros((2, 24, 24), "uint8"), "grey", "'grey' is not one of dark, middle, bright"),
     (np.zeros((2, 24, 24), "uint8"), 3, "3 is not one of"),
+    (np.zeros((2, 24, 24), "uint8"), 1.0, "1.0 is not one of"),
 ])  # fmt: skip
 def test_predict_refuses(saved, images, task, message):
     with pytest.raises((ConfigError, DataError), match=message):
@@ -193,6 +194,7 @@ def brighten(workspace):
     (brighten, [], "the data of the first 2 tasks"),
     (lambda w: learner_path(w / "runs" / "old", 1).write_bytes(b"cut"), [], "001.pt: damaged"),
     (lambda w: shutil.rmtree(w / "runs" / "old"), [], "config.yaml: cannot be read"),
+    (None, ["--extend", ""], "config.yaml: cannot be read"),
 ])  # fmt: skip
 def test_what_cannot_be_extended_is_one_line_and_nothing_is_written(workspace, capsys, change, more, message):
     start(workspace, "old", "--continual", *shorten(workspace))

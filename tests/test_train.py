@@ -8,6 +8,7 @@ import torch
 
 from net.build_net import build_net, set_dropout_generator
 from utils import run_net
+from utils.config import ConfigError
 from utils.run_net import (
     PAD,
     SGD,
@@ -147,9 +148,22 @@ def test_same_seed_same_net_and_another_seed_another(changes):
 def test_a_cuda_device_has_an_index_and_becomes_the_current_one(monkeypatch, asked, index):
     current = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch._C, "_cuda_setDevice", current.append, raising=False)  # below torch's own checks
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
     assert choose_device(asked) == torch.device("cuda", index) and current == [index]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA starts here")
+def test_a_gpu_on_which_cuda_does_not_start(monkeypatch):
+    """The driver's library counts the GPUs of a driver that is too old for torch."""
+    monkeypatch.setattr(torch.cuda, "_device_count_nvml", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "_is_compiled", lambda: True)
+    monkeypatch.setattr(torch.cuda, "_cached_device_count", None)
+    for asked in ("auto", "cuda"):
+        with pytest.raises(ConfigError, match=f"--device: {asked} finds a GPU, but CUDA does not start"):
+            choose_device(asked)
+    assert choose_device("cpu") == torch.device("cpu")
 
 
 @pytest.mark.parametrize("device, has, chosen", [

@@ -1,6 +1,7 @@
 """Ray, on this machine or on a running cluster: it schedules, retries and ships; nothing here does."""
 import logging
 import os
+import signal
 import warnings
 from pathlib import Path
 
@@ -31,12 +32,15 @@ def connect(address):
     if ray.is_initialized():
         return
     # Workers import this code from here, whatever folder they start in.
-    code = {"env_vars": {"PYTHONPATH": os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split()])}}
+    code = {"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}}
     alone = {} if address else {"include_dashboard": False}
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address or "local", runtime_env=code, log_to_driver=False, logging_level=logging.ERROR, **alone)
     except (ConnectionError, ValueError, RuntimeError) as e:
         raise ConfigError(f"--address: no Ray cluster answers at {address} ({' '.join(str(e).split())[:120]})") from e
+    finally:
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own prints addresses and passes over the caller's
 
 
 def share_out(what, cpus, gpus, device):

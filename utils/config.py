@@ -142,6 +142,20 @@ _Loader.add_implicit_resolver(_INT, re.compile(r"[-+]?(0|[1-9][0-9]*)$"), list("
 _Loader.add_implicit_resolver(_FLOAT, re.compile(_NUMBER + r"|[-+]?\.inf$|\.nan$"), list("-+.0123456789"))
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes the texts that `_Loader` would take for something else, such as 1e-3, or YAML 1.1, such as 010."""
+
+    yaml_implicit_resolvers = {
+        first: yaml.SafeDumper.yaml_implicit_resolvers.get(first, []) + forms
+        for first, forms in _Loader.yaml_implicit_resolvers.items()
+    }
+
+
+def dump_yaml(value, **layout):
+    """The YAML text from which `load_yaml` reads `value`, a dict of plain values; `layout` is as for `yaml.dump`."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, **layout)
+
+
 def load_yaml(path):
     """Read a YAML file that holds one mapping with words as keys.
 
@@ -233,6 +247,9 @@ def read_dataset(file):
         if not isinstance(names, list) or len(names) != len(tasks):
             raise ConfigError(f"{file}: names: must be a list of {len(tasks)} names, one a task")
         names = tuple(check(f"{file}: names: name {i}", n, str) for i, n in enumerate(names))
+        repeated = next((n for n in names if names.count(n) > 1), None)
+        if repeated is not None:
+            raise ConfigError(f"{file}: names: {reprlib.repr(repeated)} is there twice")
         odd = next((name for name in names if not name.isprintable()), None)
         if odd is not None:
             raise ConfigError(f"{file}: names: {reprlib.repr(odd)} cannot be printed on one line")

@@ -15,13 +15,12 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-import yaml
 from rich import box, progress
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from utils.config import ConfigError, load_yaml
+from utils.config import ConfigError, dump_yaml, load_yaml
 
 FREE = ("resume", "out", "name", "data_dir", "tensorboard", "extend")  # settings that may change when a run is resumed
 SEAL = b"sha256:"  # a tensor file ends in this and the checksum of all before it
@@ -95,7 +94,7 @@ def open_run(folder, settings, resume, hardware, inside="learners"):
             _compare_settings(folder, settings, load_yaml(config).get("settings"))
         else:
             about = {"settings": settings, "versions": versions(), "commit": commit(), "hardware": hardware}
-            write_file(config, yaml.safe_dump(about, sort_keys=False, default_flow_style=None).encode())
+            write_file(config, dump_yaml(about, default_flow_style=None).encode())
         yield
 
 

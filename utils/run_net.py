@@ -3,6 +3,7 @@ import contextlib
 import ctypes
 import hashlib
 import math
+import warnings
 
 import torch
 from torch.nn import functional as F
@@ -34,9 +35,14 @@ def choose_device(device):
     """The torch device of `--device`: auto is CUDA if there, else the CPU. A CUDA device becomes the current one.
 
     Raises:
-        ConfigError: a CUDA device that is not there.
+        ConfigError: a CUDA device that is not there, or cannot be used.
     """
     count = torch.cuda.device_count()
+    with warnings.catch_warnings(action="ignore"):
+        usable = torch.cuda.is_available()
+    if count and not usable and device != "cpu":
+        raise ConfigError(f"--device: {device} finds a GPU, but CUDA does not start; its driver may be too old for "
+                          f"torch {torch.__version__}; cpu always works")  # fmt: skip
     if device == "auto":
         device = "cuda" if count else "cpu"
     device = torch.device(device)
