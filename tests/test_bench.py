@@ -24,3 +24,5 @@ def test_bench_refuses():
         bench.read_flags(["--models", "resnet"])
     with pytest.raises(ConfigError, match="--batches: 0 must be at least 1"):
         bench.read_flags(["--batches", "0"])
+    with pytest.raises(ConfigError, match="--batches: 5001 must be at least 1 and at most 5000"):
+        bench.read_flags(["--batches", "5001"])

@@ -142,6 +142,18 @@ def test_what_does_not_fit_costs_a_line(tmp_path, capsys, zoo, joint):
     faster = make_run(tmp_path / "faster", [[0.5] * 2], method="multihead", lr=0.1)
     assert plot_of("joint", *joint, faster, "--file", out) == 0
     assert "or settings differ" in capsys.readouterr().err
+    # Found by review: alike on the first task, on which the first run is, and then not.
+    fork = make_run(tmp_path / "fork", [[0.2, 0.1]], method="multihead", tasks=[[0, 1], [4, 5]])
+    chosen, (line,) = plot.choose("joint", group_runs([read_run(run) for run in [*joint, fork]])[0])
+    assert len(chosen) == 3 and "do not begin alike" in line
+
+
+def test_dollars_in_names_are_no_mathematics(tmp_path):
+    """Found by review: a traceback, or italics."""
+    run = make_run(tmp_path / "run", [[0.5, 0.5]] * 2, names=["$_$ b", "costs $5 to $10"])
+    with plot.style():
+        for kind in ("seen", "matrix", "draws", "bars"):
+            assert plot.save(figure_of(kind, [run]), "png").startswith(MAGIC["png"])
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

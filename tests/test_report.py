@@ -99,7 +99,8 @@ def test_outlier_by_grubbs_table():
     assert find_outlier({7: 0.0, 8: 1.0, 9: 2.0, 10: 3.0, 11: 10.0}) == 11
     assert find_outlier({7: 0.0, 8: 1.0, 9: 2.0, 10: 3.0, 11: 9.9}) is None
     assert find_outlier({0: 0.1, 1: 0.9}) is None
-    assert find_outlier({0: 0.5, 1: 0.5, 2: 0.5}) is None
+    assert find_outlier({0: 0.995, 1: 0.995, 2: 0.9951}) is None  # G of two ties and any third: 1.1547, critical 1.1543
+    assert find_outlier(dict.fromkeys(range(5), 0.5)) is None
 
 
 def test_outlying_seed_is_named(tmp_path, capsys):
@@ -141,7 +142,9 @@ def ensemble(tmp_path, monkeypatch):
         for folder, (seed, config) in zip(folders, members, strict=True):
             if not folder.exists():
                 about = {"settings": {"data": config.pop("data")}} if "data" in config else None
-                make_run(folder, [[1.0]], seed, about=about, **config)
+                stored = {"stored_rows": config.pop("stored_rows", None)}
+                file = make_run(folder, [[1.0]], seed, about=about, **config) / "result.json"
+                file.write_text(json.dumps(json.loads(file.read_text()) | stored))
         return make_ensemble(folders)
 
     return make
@@ -183,6 +186,37 @@ def test_ensemble_of_runs_on_different_rows_is_told(ensemble):
                      "data as well as by averaging"]  # fmt: skip
 
 
+def test_ensemble_of_runs_on_other_task_files_is_not_told_of_other_rows(ensemble):
+    """Found by review: the checksum is of all tasks of the file, learned or not."""
+    longer = [[0, 1], [2, 3]]
+    assert group_runs([ensemble((0, {"data": "a"}), (1, {"data": "b", "tasks": longer}))])[1] == []
+
+
+@pytest.mark.parametrize(("first", "second", "stored"), [
+    ({"data": "a"}, {"data": "a"}, 40),
+    ({"data": "a"}, {"data": "b"}, None),  # each keeps rows of its own
+    ({"data": "a", "replay_frac": 0.5}, {"data": "a", "replay_frac": 0.5}, None),
+    ({}, {}, None),  # nobody knows
+])  # fmt: skip
+def test_rows_stored_by_an_ensemble(ensemble, first, second, stored):
+    """Found by review: it was the count of one member, whatever the others kept."""
+    run = ensemble((0, {**first, "stored_rows": 40}), (1, {**second, "stored_rows": 40}))
+    assert run.cost["stored_rows"] == stored
+
+
+def test_runs_of_one_seed_on_different_data_are_told(tmp_path):
+    """Found by review: with the files under the same path changed between them, nothing was said."""
+    def make(name, data, seed, **config):
+        about = {"settings": {"data": data}}
+        return make_run(tmp_path / name, [[0.5, 0.5]] * 2, seed, about=about, **config)
+
+    runs = [make("zoo0", "a", 0), make("zoo1", "b", 1), make("iso0", "a", 0, tasks_per_round=1),
+            make("fewer0", "c", 0, samples=5)]  # fmt: skip
+    assert read_groups(runs)[1] == []
+    (note,) = read_groups([*runs, make("iso1", "c", 1, tasks_per_round=1)])[1]
+    assert note.startswith(f"{tmp_path / 'zoo1'} and {tmp_path / 'iso1'} have the same tasks, samples and seed, but")
+
+
 def test_labels_say_no_more_than_tells_a_kind_apart(tmp_path):
     """Found by review: what differed between any two groups stood in the labels of all."""
     same = {"samples": None, "schedule": "cosine"}
@@ -222,6 +256,8 @@ def test_forward_transfer_needs_the_same_seed(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "Model Zoo: no forward transfer" in out
     assert "Welch" in out
+    assert report_of(make_run(tmp_path / "one", [[0.5]])) == 0  # of one task there is none
+    assert "forward transfer" not in capsys.readouterr().out
 
 
 def test_paired_difference_by_hand_and_by_scipy(tmp_path, capsys):

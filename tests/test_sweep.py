@@ -21,7 +21,7 @@ import multihead
 from datasets.build_dataset import load_splits
 from tools import sweep
 from utils.cluster import connect
-from utils.config import read_settings
+from utils.config import ConfigError, read_settings
 
 ROOT = Path(__file__).parents[1]
 needs_ray = pytest.mark.skipif(
@@ -99,6 +99,7 @@ def test_a_grid_file_says_the_same_as_flags_which_go_over_it(files):
     [
         (["--methods", "zoo"], "--methods: 'zoo' does not begin with one of modelzoo, isolated, multihead"),
         (["--methods", "multihead", "--seeds", "0-"], "--seeds: '0-' is not a list of seeds"),
+        (["--methods", "multihead", "--seeds", "1,4-0"], "--seeds: 4-0 runs backwards; write 0-4"),
         (["--methods", "multihead", "--continual"], "unrecognized arguments: --continual"),
         (["--methods", "modelzoo --replay_frac 0.5"], "--replay_frac below 1 needs --continual"),
         (["--methods", "multihead", "multihead"], "would be the folder of two runs"),
@@ -151,6 +152,19 @@ def test_a_sweep_makes_the_runs_of_the_ordinary_commands(files, local_ray, capsy
     assert read_result(joint) == read_result(Path("ordinary") / joint.name)
     assert sweep.main(argv) == 1  # all are finished or of other settings: there is nothing to load
     assert "2 skipped, 1 failed" in capsys.readouterr().out and len(loads) == 1
+
+
+@pytest.mark.parametrize("content", [
+    "[1]", "{", '{"config": [], "average_accuracy": 0.5, "seconds": 1}',
+    '{"config": null, "average_accuracy": 0.5, "seconds": 1}', '{"config": {}, "average_accuracy": "x", "seconds": 1}',
+])  # fmt: skip
+def test_a_damaged_result_is_one_line(files, content):
+    """Found by review: a traceback ended the whole sweep."""
+    settings = read_settings("multihead.py", "multihead", [*files, "--name", "damaged"])
+    Path("runs/damaged").mkdir(parents=True)
+    Path("runs/damaged/result.json").write_text(content)
+    with pytest.raises(ConfigError, match="damaged"):
+        sweep.read_finished(settings)
 
 
 @needs_ray

@@ -35,7 +35,7 @@ from utils.config import MODELS, PRECISIONS, Parser, check, load_yaml  # noqa: E
 from utils.logger import commit, describe_hardware, make_console, versions  # noqa: E402
 from utils.run_net import choose_device, choose_precision, forward, train_net  # noqa: E402
 
-TASKS, CLASSES = 5, 5
+TASKS, CLASSES, ROWS = 5, 5, 5000
 
 
 def wait(device):
@@ -66,7 +66,7 @@ def measure_training(model, batch, device, precision, seconds):
         flop_per_s, peak_mib (of the device's memory, None on a CPU).
     """
     net = build_net(model, (3, 32, 32), [CLASSES] * TASKS, 0.2, seed=0).to(device)
-    images = torch.randint(0, 256, (5000, 3, 32, 32), dtype=torch.uint8, device=device)
+    images = torch.randint(0, 256, (ROWS, 3, 32, 32), dtype=torch.uint8, device=device)
     generators = {key: torch.Generator(device) for key in ("shuffle", "augment", "dropout")}
     set_dropout_generator(net, generators["dropout"])
     with FlopCounterMode(display=False) as counter:
@@ -78,7 +78,7 @@ def measure_training(model, batch, device, precision, seconds):
         torch.cuda.reset_peak_memory_stats(device)
     # On a CPU about half a second an epoch, so that a few of them fit the time of the slowest network too.
     steps = max(1, min(20, int(25e9 / (flops * batch)))) if device.type == "cpu" else 200
-    rows = torch.randint(0, 5000, (steps * batch,), device=device)
+    rows = torch.randint(0, ROWS, (steps * batch,), device=device)
     epochs = train_net(net, images, rows, rows % TASKS, rows % CLASSES, epochs=10**6, batch=batch, lr=1e-3,
                        l2_reg=1e-5, schedule="constant", augment=True, flip=True, precision=precision,
                        generators=generators)  # fmt: skip
@@ -95,14 +95,13 @@ def measure_training(model, batch, device, precision, seconds):
             "flop_per_s": rate * flops, "peak_mib": peak}  # fmt: skip
 
 
-def train_textbook(folder, model):
+def train_textbook(folder, model, device):
     """The textbook's learner on the files that `compare_textbook` wrote; prints the accuracy of each task."""
     import torchvision.transforms as transforms
     from PIL import Image
     from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
     hp = load_yaml(folder / f"{model}.yaml")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     class Task(Dataset):
         def __init__(self, split, head, transform):
@@ -166,7 +165,7 @@ def compare_textbook(model, device, precision, repeats):
             ours = ["multihead.py", "--data_config", folder / "data.yaml", "--hp_config", folder / f"{model}.yaml",
                     "--data_dir", folder, "--out", folder / "runs", "--name", f"run{i}", "--device", device.type,
                     "--precision", precision]  # fmt: skip
-            theirs = ["tools/bench.py", "--run_textbook", folder, "--models", model]
+            theirs = ["tools/bench.py", "--run_textbook", folder, "--models", model, "--device", device]
             for key, words in (("ours", ours), ("textbook", theirs)):
                 start = time.perf_counter()
                 subprocess.run([sys.executable, "-W", "ignore", *map(str, words)], cwd=ROOT, check=True,
@@ -202,7 +201,7 @@ def read_flags(argv=None):
     for model in flags.models:
         check("--models", model, str, choices=MODELS)
     for batch in flags.batches:
-        check("--batches", batch, int, 1, 10**6)
+        check("--batches", batch, int, 1, ROWS)
     check("--precision", flags.precision, str, choices=PRECISIONS)
     check("--repeats", flags.repeats, int, 1, 100)
     check("--seconds", flags.seconds, float, above=0, high=1000)
@@ -212,7 +211,7 @@ def read_flags(argv=None):
 def main(flags):
     """Measure, print tables, write JSON, and return the exit status."""
     if flags.run_textbook:
-        train_textbook(flags.run_textbook, flags.models[0])
+        train_textbook(flags.run_textbook, flags.models[0], torch.device(flags.device))
         return 0
     device = choose_device(flags.device)
     precision = choose_precision(flags.precision, device)

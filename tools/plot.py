@@ -29,6 +29,7 @@ STYLE = {
     "font.size": 8, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6,
     "xtick.major.width": 0.6, "ytick.major.width": 0.6, "lines.linewidth": 1.3, "lines.markersize": 3.5,
     "hatch.linewidth": 0.6, "savefig.dpi": 200, "legend.frameon": False,
+    "text.parse_math": False,  # a $ in a task's name is a $
     "pdf.fonttype": 42,  # fonts that journals accept
     "svg.hashsalt": "modelzoo",  # the same runs give the same file
 }  # fmt: skip
@@ -74,8 +75,9 @@ def choose(kind, groups):
         run = group.runs[0]
         if not fits(run):
             skipped.append(f"{group.label}: this kind of run has no place in the figure {kind}")
-        elif kind == "joint" and not _nested(run, (chosen or [group])[0].runs[0]):
-            skipped.append(f"{group.label}: its tasks are not the first ones of {chosen[0].label}, or settings differ")
+        elif kind == "joint" and not all(_nested(run, other.runs[0]) for other in chosen):
+            skipped.append(f"{group.label}: its tasks and those of {', '.join(g.label for g in chosen)} do not begin "
+                           "alike, or settings differ")  # fmt: skip
         elif kind != "joint" and run.tasks != (chosen or [group])[0].runs[0].tasks:
             skipped.append(f"{group.label}: not over the same tasks as {chosen[0].label}")
         else:

@@ -222,10 +222,13 @@ def make_ensemble(paths):
             raise ConfigError(f"--ensemble: {first.path} and {run.path} were tested on different rows")
     row = [metrics.accuracy(ensemble_log_probs(p, [1.0] * len(p)), y)
            for *p, y in zip(*predictions, all_labels[0], strict=True)]  # fmt: skip
-    cost = {}
-    for key in ("networks", *COST, "stored_rows"):  # peers, which alone store numbers, leave no predictions
-        values = [run.cost[key] for run in runs]
-        cost[key] = None if None in values else max(values) if key == "stored_rows" else sum(values)
+    costs = {key: [run.cost[key] for run in runs] for key in ("networks", *COST, "stored_rows")}
+    cost = {key: None if None in values else sum(values) for key, values in costs.items()}
+    # Members that keep rows of their own keep more together than one of them, and less than the sum.
+    if cost["stored_rows"] is not None:
+        alike = len({(run.data, *_data_key(run)) for run in runs}) == 1 and runs[0].data
+        whole = all(run.settings["replay_frac"] == 1 for run in runs)
+        cost["stored_rows"] = max(costs["stored_rows"]) if alike and whole else None
     kinds = {run.kind for run in runs}
     about = {key: "; ".join(dict.fromkeys(run.about[key] for run in runs)) for key in first.about}
     settings = {k: v for k, v in first.settings.items() if all(run.settings.get(k) == v for run in runs)}
@@ -243,6 +246,20 @@ def _key(run):
 
 def _member(run):
     return _key(run), run.seed
+
+
+def _data_key(run):
+    """All that decides a run's data but the files: runs that agree in it should have the same checksum."""
+    return json.dumps(run.settings["all_tasks"]), run.settings.get("samples")
+
+
+def _on_other_data(runs, key=_data_key):
+    """Two of `runs` that agree in `key` and whose checksums differ; None where there are none."""
+    first = {}
+    for run in runs:
+        if run.data and first.setdefault(key(run), run).data != run.data:
+            return first[key(run)], run
+    return None
 
 
 def group_runs(runs):
@@ -268,9 +285,13 @@ def group_runs(runs):
         if len(set(drawn)) < len(drawn):
             notes.append(f"{label}: the ensembles share runs, so they are alike by more than chance and the spread "
                          "between them is too small")  # fmt: skip
-        if any(len({member.data for member in run.members} - {None}) > 1 for run in runs):
+        if any(_on_other_data(run.members) for run in runs):
             notes.append(f"{label}: its members were trained on different rows, so that it gains by more data as well "
                          "as by averaging")  # fmt: skip
+    singles = [one for runs in members for run in runs for one in run.members or [run]]
+    if pair := _on_other_data(singles, lambda run: (run.seed, *_data_key(run))):
+        notes.append(f"{pair[0].path} and {pair[1].path} have the same tasks, samples and seed, but were run on "
+                     "different data: what stands beside each other here is not comparable")  # fmt: skip
     return [Group(label, runs) for label, runs in zip(labels, members, strict=True)], notes
 
 

@@ -72,11 +72,14 @@ def read_seeds(where, text):
     """[0, 1, 2, 5] of "0-2,5".
 
     Raises:
-        ConfigError: another text, or over 100,000 seeds; the line opens with `where`.
+        ConfigError: another text, a range that runs backwards, or over 100,000 seeds; the line opens with `where`.
     """
     if not re.fullmatch(r"\d{1,18}(-\d{1,18})?(,\d{1,18}(-\d{1,18})?)*", text):
         raise ConfigError(f"{where}: {text!r} is not a list of seeds such as 0-4 or 0,2,5-7")
     ends = [[int(end) for end in part.split("-")] for part in text.split(",")]
+    for part in ends:
+        if part[-1] < part[0]:
+            raise ConfigError(f"{where}: {part[0]}-{part[-1]} runs backwards; write {part[-1]}-{part[0]}")
     if sum(part[-1] - part[0] + 1 for part in ends) > 10**5:
         raise ConfigError(f"{where}: {text} are over 100,000 seeds")
     return [seed for part in ends for seed in range(part[0], part[-1] + 1)]
@@ -154,8 +157,10 @@ def read_finished(settings):
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
         theirs = result["config"]
-        result["average_accuracy"], result["seconds"]  # noqa: B018 - the two that the table shows
-    except (ValueError, KeyError, TypeError) as e:
+        for number in (result["average_accuracy"], result["seconds"]):  # the two that the table shows
+            check("result", number, float)
+        theirs = dict(theirs)
+    except (ConfigError, ValueError, KeyError, TypeError) as e:
         raise ConfigError(f"{path}: not a whole result; remove its folder to have the run made again") from e
     # device and precision stand there as what auto came to where the run was made.
     resolved = [key for key in ("device", "precision") if getattr(settings, key) == "auto"]
