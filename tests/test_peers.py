@@ -15,7 +15,7 @@ from tests.conftest import CONV, flags, make_arrays, write_yaml
 from tests.test_report import make_run, make_seeds, report_of
 from tools import peers
 from tools.runs import group_runs, read_run
-from utils.config import read_peers, read_settings
+from utils.config import read_settings
 from utils.run_net import derive_seed, make_generator, predict_logits, train_net
 
 
@@ -77,7 +77,7 @@ def test_mistakes_are_one_line(workspace, capsys, monkeypatch, words, message):
 
 def test_settings_of_every_method(workspace):
     words = [*flags(workspace), "--memory", "12", "--ewc_lambda", "3", "--num_tasks", "2"]
-    naive, replay, ewc, joint = read_peers("peers.py", ["naive", "replay", "ewc", "naive", "joint", *words])
+    naive, replay, ewc, joint = peers.read_peers(["naive", "replay", "ewc", "naive", "joint", *words])
     assert [s.method for s in (naive, replay, joint)] == ["avalanche-naive", "avalanche-replay", "avalanche-joint"]
     assert [(s.memory, s.ewc_lambda) for s in (naive, replay, ewc)] == [(None, None), (12, None), (None, 3.0)]
     assert replay.name == "data-hp-avalanche-replay-num_tasks=2-memory=12-seed=0"
@@ -141,7 +141,7 @@ def test_rows_that_ours_store_by_hand(workspace):
 def test_wrapped_network_gives_our_logits(workspace, avalanche):
     """Each row through the head of its own task, normalised as ours, -inf past that head's classes."""
     write_yaml(workspace / "data.yaml", {"dataset": "npz", "path": "toy.npz", "tasks": [[0, 1], [2, 3, 4]]})
-    (settings,) = read_peers("", ["naive", *flags(workspace)])
+    (settings,) = peers.read_peers(["naive", *flags(workspace)])
     _, _, train, _ = prepare(settings)
     net = build_net("conv", train.images.shape[1:], train.classes, 0, seed=1)
     model = peers.wrap_net(net, train, True, "fp32", make_generator(0, 0, "augment")).eval()
@@ -157,7 +157,7 @@ def test_wrapped_network_gives_our_logits(workspace, avalanche):
 
 def test_experiences_are_our_rows_labels_and_tasks(workspace, avalanche):
     write_yaml(workspace / "data.yaml", {"dataset": "npz", "path": "toy.npz", "tasks": [[3, 1], [2, 3, 4]]})
-    (settings,) = read_peers("", ["naive", "--samples", "4", *flags(workspace)])
+    (settings,) = peers.read_peers(["naive", "--samples", "4", *flags(workspace)])
     _, _, train, _ = prepare(settings)
     experiences = peers.make_experiences(train)
     assert [e.task_labels for e in experiences] == [[0], [1]]
@@ -171,7 +171,7 @@ def test_naive_takes_our_steps(workspace, avalanche, monkeypatch, schedule):
     write_yaml(workspace / "hp.yaml", {**CONV, "batch": 100, "epochs": 4, "l2_reg": 0.01, "schedule": schedule})
     nets = catch_nets(monkeypatch)
     learn(workspace, "naive", "--num_tasks", "2", "--precision", "fp32")
-    (settings,) = read_peers("", ["naive", "--num_tasks", "2", *flags(workspace)])
+    (settings,) = peers.read_peers(["naive", "--num_tasks", "2", *flags(workspace)])
     _, _, train, _ = prepare(settings)
     ours = build_net("conv", train.images.shape[1:], train.classes, 0, derive_seed(0, 0, "init"))
     first = build_net("conv", train.images.shape[1:], train.classes, 0, derive_seed(0, 0, "init"))

@@ -8,10 +8,12 @@ the loop, the memory and what is done with it, at its defaults: Replay adds to e
 from memory; A-GEM takes a reference gradient on at most 64 stored rows at every step; EWC keeps a penalty a task.
 """
 import importlib.util
+import math
 import random
 import sys
 import time
 import warnings
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from multihead import finish, guard, name_batch, open_folder, prepare, require_finite
 from net.build_net import build_net, set_dropout_generator
 from utils import metrics
-from utils.config import ConfigError, read_peers
+from utils.config import ConfigError, Settings, check, make_parser, make_settings
 from utils.logger import RunError, RunLog, task_names
 from utils.run_net import (
     derive_seed,
@@ -34,9 +36,51 @@ from utils.run_net import (
     sample_crops,
 )
 
+# The methods, the names that Avalanche gives them, and the flags of single ones.
+METHODS = {"naive": "Naive", "replay": "Replay", "ewc": "EWC", "agem": "AGEM", "joint": "JointTraining"}
+FLAGS = {"memory": ("replay", "agem"), "ewc_lambda": ("ewc",)}
 REFERENCE = 64  # rows of A-GEM's reference gradient, as Avalanche has it; at least one a task
 
 # Avalanche takes many seconds to import and is not needed elsewhere, so the functions that use it import it.
+
+
+@dataclass(frozen=True)
+class PeerSettings(Settings):
+    """A run of one method; None where the method has no use for it."""
+
+    memory: int | None = None  # rows stored in all (None: all of them)
+    ewc_lambda: float | None = None
+
+
+def read_peers(argv=None):
+    """Read the command line and both files: a list of `PeerSettings`, one a method.
+
+    Raises:
+        ConfigError: see `read_settings` in utils/config.py.
+    """
+    p = make_parser("peers.py", "multihead")
+    p.description = "Run Avalanche's methods on the same tasks, rows, network and settings as ours."
+    p.add_argument("methods", nargs="+", metavar="METHOD", choices=METHODS, help=", ".join(METHODS))
+    p.add_argument("--memory", type=int, help="rows that replay and agem store in all (default: every row)")
+    p.add_argument("--ewc_lambda", type=float, default=1.0, help="weight of EWC's penalty (default: 1)")
+    flags = vars(p.parse_args(argv))
+    methods = list(dict.fromkeys(flags["methods"]))
+    if flags["name"] is not None and len(methods) > 1:
+        raise ConfigError(f"--name: one name cannot serve {len(methods)} methods; leave it out, or give one METHOD")
+    if flags["precision"] == "fp16":
+        raise ConfigError("--precision: fp16 needs its losses scaled, which Avalanche does not do; take fp32 or bf16")
+    if flags["memory"] is not None:
+        check("--memory", flags["memory"], int, 1, 10**9)
+    check("--ewc_lambda", flags["ewc_lambda"], float, 0, below=math.inf)
+    found = []
+    for method in methods:
+        own = {flag: flags[flag] if method in users else None for flag, users in FLAGS.items()}
+        settings = make_settings(f"avalanche-{method}", flags | own, PeerSettings)
+        n = len(settings.tasks)
+        if method == "agem" and own["memory"] is not None and own["memory"] < n:
+            raise ConfigError(f"--memory: {own['memory']} must be at least {n}, the number of tasks, with agem")
+        found.append(settings if method == "joint" else replace(settings, continual=True, num_rounds=n))
+    return found
 
 
 class Conditions:
@@ -244,7 +288,7 @@ def run(settings):
 
 def main(argv=None):
     """Run every method asked for; return the exit status."""
-    all_settings = read_peers("peers.py", argv)
+    all_settings = read_peers(argv)
     if importlib.util.find_spec("avalanche") is None:
         raise ConfigError("the package avalanche-lib is missing; pip install -r requirements-peers.txt brings it")
     for settings in all_settings:

@@ -7,15 +7,16 @@ from pathlib import Path
 
 from modelzoo import WARM, Zoo, ensemble_log_probs
 from multihead import COST, learner_path, make_learner
+from tools import peers
 from utils import metrics
-from utils.config import PEER_FLAGS, PEERS, ConfigError, load_yaml
+from utils.config import ConfigError, load_yaml
 from utils.logger import FREE, RunError, load_tensors, task_names
 
 # Settings that may differ within a group: those that decide nothing, and the files, which count by what they say.
 APART = (*FREE, "save_nets", "seed", "names", "data_config", "hp_config")
 DATA = ("dataset", "path", "size", "tasks")  # one setting here: which tasks
 ZOO_FLAGS = ("num_rounds", "tasks_per_round", "replay_frac", "naive", "warm_start")  # mean nothing for other kinds
-PEER_KINDS = {f"avalanche-{method}": f"Avalanche {name}" for method, name in PEERS.items()}
+PEER_KINDS = {f"avalanche-{method}": f"Avalanche {name}" for method, name in peers.METHODS.items()}
 METRICS = ("average_accuracy", "learning_accuracy", "forgetting", "backward_transfer")
 
 
@@ -319,7 +320,7 @@ def setting_text(run, key):
     if key not in run.settings or (key in ZOO_FLAGS and run.settings.get("method") in ("multihead", *PEER_KINDS)):
         return ""
     value = run.settings[key]
-    if key in PEER_FLAGS and value is None:
+    if key in peers.FLAGS and value is None:
         return ""
     if key == "samples" and value is None:
         return "all samples"

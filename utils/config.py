@@ -33,9 +33,6 @@ MODELS = ("conv", "wrn16_4", "wrn28_10")
 SCHEDULES = ("cosine", "constant")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 OBJECTIVES = ("multihead", "zoo")
-# Methods of Avalanche that tools/peers.py runs, the names that Avalanche gives them, and the flags of single ones.
-PEERS = {"naive": "Naive", "replay": "Replay", "ewc": "EWC", "agem": "AGEM", "joint": "JointTraining"}
-PEER_FLAGS = {"memory": ("replay", "agem"), "ewc_lambda": ("ewc",)}
 ZOO_ROUNDS = 5  # of the short continual zoo that a search may train
 
 # The values that a hyper-parameter key may have, as `check` takes them.
@@ -95,14 +92,6 @@ class Settings:
     save_nets: bool = False
     tensorboard: bool = False
     extend: str | None = None  # run folder whose learners this run begins with
-
-
-@dataclass(frozen=True)
-class PeerSettings(Settings):
-    """A run of another library's method; None where the method has no use for it."""
-
-    memory: int | None = None  # rows stored in all (None: all of them)
-    ewc_lambda: float | None = None
 
 
 @dataclass(frozen=True)
@@ -315,18 +304,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser(prog, method):
-    """Build the `Parser` of `method` (modelzoo, multihead, hpo, peers); a misspelt flag is an error, not a guess."""
+    """Build the `Parser` of `method` (modelzoo, multihead, hpo); a misspelt flag is an error, not a guess."""
     about = {
         "modelzoo": "Grow a Model Zoo: an ensemble of multi-head networks, one a round.",
         "multihead": "Train one network with a head a task on all tasks at once: the joint baseline.",
         "hpo": "Search training settings on rows held out of the training set, on this machine or on a Ray cluster.",
-        "peers": "Run Avalanche's methods on the same tasks, rows, network and settings as ours.",
     }
     p = Parser(prog=prog, description=about[method], allow_abbrev=False)
-    if method == "peers":
-        p.add_argument("methods", nargs="+", metavar="METHOD", choices=PEERS, help=", ".join(PEERS))
-        p.add_argument("--memory", type=int, help="rows that replay and agem store in all (default: every row)")
-        p.add_argument("--ewc_lambda", type=float, default=1.0, help="weight of EWC's penalty (default: 1)")
     p.add_argument("--data_config", required=True, help="dataset file: config/dataset/*.yaml")
     p.add_argument("--hp_config", required=True, help="hyper-parameter file: config/hyperparam/*.yaml")
     p.add_argument("--samples", type=int, help="training rows a class at most (default: all)")
@@ -349,7 +333,7 @@ def make_parser(prog, method):
         p.add_argument("--warm_start", action="store_true", help="before round 0, one learner on all tasks joins")
         p.add_argument("--save_nets", action="store_true", help="keep the networks' weights in the run folder")
         p.add_argument("--extend", metavar="RUN", help="begin with the learners of this run folder (continual)")
-    if method in ("multihead", "peers"):
+    if method == "multihead":
         p.add_argument("--num_tasks", type=int, help="train on the dataset file's first tasks only (default: all)")
     if method == "hpo":
         p.add_argument("--objective", default="multihead",
@@ -369,7 +353,7 @@ def read_settings(prog, method, argv=None):
     Raises:
         ConfigError: anything missing, unknown, out of range or contradictory.
     """
-    return _make_settings(method, vars(make_parser(prog, method).parse_args(argv)))
+    return make_settings(method, vars(make_parser(prog, method).parse_args(argv)))
 
 
 def read_search(prog, argv=None):
@@ -393,38 +377,12 @@ def read_search(prog, argv=None):
     if objective == "zoo":
         zoo = {"continual": True, "warm_start": False, "num_rounds": None, "tasks_per_round": None, "replay_frac": None,
                "extend": None}  # fmt: skip
-        settings = _make_settings("modelzoo", flags | zoo)
+        settings = make_settings("modelzoo", flags | zoo)
         settings = replace(settings, num_rounds=min(ZOO_ROUNDS, settings.num_rounds))
     else:
-        settings = _make_settings("multihead", flags)
+        settings = make_settings("multihead", flags)
     space = read_space(settings.hp_config)
     return settings, Search(space=space, **{f.name: flags[f.name] for f in fields(Search) if f.name != "space"})
-
-
-def read_peers(prog, argv=None):
-    """Read the command line and both files of runs of other methods: a list of `PeerSettings`, one a method.
-
-    Raises:
-        ConfigError: see `read_settings`.
-    """
-    flags = vars(make_parser(prog, "peers").parse_args(argv))
-    methods = list(dict.fromkeys(flags["methods"]))
-    if flags["name"] is not None and len(methods) > 1:
-        raise ConfigError(f"--name: one name cannot serve {len(methods)} methods; leave it out, or give one METHOD")
-    if flags["precision"] == "fp16":
-        raise ConfigError("--precision: fp16 needs its losses scaled, which Avalanche does not do; take fp32 or bf16")
-    if flags["memory"] is not None:
-        check("--memory", flags["memory"], int, 1, 10**9)
-    check("--ewc_lambda", flags["ewc_lambda"], float, 0, below=math.inf)
-    found = []
-    for method in methods:
-        own = {flag: flags[flag] if method in users else None for flag, users in PEER_FLAGS.items()}
-        settings = _make_settings(f"avalanche-{method}", flags | own, PeerSettings)
-        n = len(settings.tasks)
-        if method == "agem" and own["memory"] is not None and own["memory"] < n:
-            raise ConfigError(f"--memory: {own['memory']} must be at least {n}, the number of tasks, with agem")
-        found.append(settings if method == "joint" else replace(settings, continual=True, num_rounds=n))
-    return found
 
 
 def check_shares(what, cpus, gpus, device):
@@ -444,8 +402,17 @@ def check_shares(what, cpus, gpus, device):
         raise ConfigError(f"--gpus_per_{what} {gpus} contradicts --device cpu")
 
 
-def _make_settings(method, flags, kind=Settings):
-    """Check the flags of a command line, read both files and put them together as a `kind`."""
+def make_settings(method, flags, kind=Settings):
+    """Check the flags of a command line, read both files and put them together.
+
+    Args:
+        method: what makes the run, as result.json will name it.
+        flags: dict of the flags' values.
+        kind: `Settings`, or a dataclass made of it with more flags.
+
+    Raises:
+        ConfigError: see `read_settings`.
+    """
     for flag, low in (("samples", 1), ("epochs", 1), ("num_rounds", 1), ("tasks_per_round", 1), ("num_tasks", 1)):
         if flags.get(flag) is not None:
             check(f"--{flag}", flags[flag], int, low, 10**6)
@@ -460,7 +427,7 @@ def _make_settings(method, flags, kind=Settings):
         data = _keep_tasks(data, flags["num_tasks"])
     hyper = read_hyperparam(flags["hp_config"], flags["epochs"])
     if flags["name"] is None:
-        flags["name"] = _default_name(method, flags)
+        flags["name"] = _default_name(method, flags, [f.name for f in fields(kind)[len(fields(Settings)) :]])
     if not re.fullmatch(r"\w[\w.,=+-]{0,199}", flags["name"]):
         raise ConfigError(f"--name: {reprlib.repr(flags['name'])} is not a plain folder name of at most 200 characters")
     if method == "modelzoo":
@@ -495,12 +462,12 @@ def _check_rounds(flags, num_tasks):
     return {"num_rounds": rounds, "tasks_per_round": per_round, "replay_frac": 1.0 if frac is None else frac}
 
 
-def _default_name(method, flags):
-    """Name a run by its files and by every flag given that changes what it computes."""
+def _default_name(method, flags, more=()):
+    """Name a run by its files and by every flag given that changes what it computes, those in `more` too."""
     parts = [Path(flags["data_config"]).stem, Path(flags["hp_config"]).stem, method]
     for flag in ("continual", "naive", "warm_start"):
         parts += [flag] if flags.get(flag) else []
-    for flag in ("num_tasks", "num_rounds", "tasks_per_round", "replay_frac", "samples", "epochs", *PEER_FLAGS):
+    for flag in ("num_tasks", "num_rounds", "tasks_per_round", "replay_frac", "samples", "epochs", *more):
         parts += [f"{flag}={flags[flag]}"] if flags.get(flag) is not None else []
     name = "-".join([*parts, f"seed={flags['seed']}"])
     return re.sub(r"[^\w.,=+-]", "_", name).lstrip(".,=+-")
