@@ -282,8 +282,8 @@ def check_extension(settings, mine, train, test):
     zoo, folder = Zoo.load(settings.extend, "cpu"), Path(settings.extend)
     theirs = load_yaml(folder / "config.yaml")["settings"]
     n = len(theirs["tasks"])
-    # A precision and a device may change on the way; what a file is called decides nothing.
-    apart = (*FREE, "data_config", "hp_config", "num_rounds", "device", "precision", "data", "names", "save_nets")
+    # A precision and a device may change on the way.
+    apart = (*FREE, "num_rounds", "device", "precision", "data", "names", "save_nets")
     now = mine | {"tasks": mine["tasks"][:n], "tasks_per_round": min(mine["tasks_per_round"], n)}
     for key in now:
         if key not in apart and now[key] != theirs.get(key):

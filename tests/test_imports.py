@@ -1,4 +1,4 @@
-"""Who may import whom, and that nothing draws from torch's global generator."""
+"""Who may import whom, and what a run does not import."""
 import ast
 import subprocess
 import sys

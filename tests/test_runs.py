@@ -208,6 +208,15 @@ def test_interrupted_run_resumes_to_the_same_result(workspace):
     assert numbers(start(workspace, "c", "--continual", "--resume")) == numbers(whole)  # nothing there yet: starts it
 
 
+def test_a_run_is_resumed_with_its_files_moved(workspace):
+    whole = start(workspace, "a", "--continual")
+    (workspace / "runs/a/result.json").unlink()
+    for name in ("data.yaml", "hp.yaml"):
+        (workspace / name).rename(workspace / f"moved-{name}")
+    moved = ["--data_config", str(workspace / "moved-data.yaml"), "--hp_config", str(workspace / "moved-hp.yaml")]
+    assert numbers(start(workspace, "a", "--continual", "--resume", *moved)) == numbers(whole)
+
+
 def test_existing_folder_is_neither_overwritten_nor_mixed(workspace, capsys):
     start(workspace, "a", "--continual")
     before = {p: p.read_bytes() for p in (workspace / "runs").rglob("*") if p.is_file()}

@@ -12,8 +12,7 @@ from utils import metrics
 from utils.config import ConfigError, load_yaml
 from utils.logger import FREE, RunError, load_tensors, task_names
 
-# Settings that may differ within a group: those that decide nothing, and the files, which count by what they say.
-APART = (*FREE, "save_nets", "seed", "names", "data_config", "hp_config")
+APART = (*FREE, "save_nets", "seed", "names")  # settings that may differ within a group
 DATA = ("dataset", "path", "size", "tasks")  # one setting here: which tasks
 ZOO_FLAGS = ("num_rounds", "tasks_per_round", "replay_frac", "naive", "warm_start")  # mean nothing for other kinds
 PEER_KINDS = {f"avalanche-{method}": f"Avalanche {name}" for method, name in peers.METHODS.items()}

@@ -22,7 +22,8 @@ from rich.table import Table
 
 from utils.config import ConfigError, dump_yaml, load_yaml
 
-FREE = ("resume", "out", "name", "data_dir", "tensorboard", "extend")  # settings that may change when a run is resumed
+# Settings that may change when a run is resumed: those that decide nothing, and files, which count by what they say.
+FREE = ("resume", "out", "name", "data_dir", "tensorboard", "extend", "data_config", "hp_config")
 SEAL = b"sha256:"  # a tensor file ends in this and the checksum of all before it
 
 
