@@ -1,9 +1,11 @@
 """Tasks, transformations, loaders, and what they refuse."""
 import math
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
+import sklearn
 import torch
 from PIL import Image
 
@@ -62,6 +64,33 @@ def cifar100(tmp_path):
         arrays[f"{split}_images"] = np.broadcast_to(labels[:, None, None, None], (len(labels), 32, 32, 3))
     np.savez(tmp_path / "cifar100.npz", **arrays)
     return tmp_path
+
+
+def test_test_rows_are_never_thinned(cifar100):
+    train, test = build_dataset("cifar100", [(4, 30)], cifar100, generator(), samples=1)
+    assert train.labels.tolist() == [0, 1]
+    assert test.labels.tolist() == [0, 0, 1, 1]
+
+
+def test_label_100_is_the_noisy_twin_of_label_0(cifar100):
+    train, test = build_dataset("cifar100", [(100, 1)], cifar100, generator())
+    assert train.images[:, 0, 0, 0].tolist() == [0] * 30 + [1] * 30
+    assert sorted(set(train.labels[:30].tolist())) == [0, 1] and train.labels[30:].tolist() == [1] * 30
+    assert test.labels.tolist() == [0, 0, 1, 1]
+
+
+def test_what_mnists_labels_and_flip_come_to(tmp_path, cifar100):
+    arrays = make_arrays(classes=10, size=28)
+    np.savez(tmp_path / "mnist.npz", **arrays)
+    rows = np.concatenate([np.flatnonzero(arrays["train_labels"] == digit) for digit in (1, 0)])
+    plain = torch.from_numpy(arrays["train_images"][rows]).permute(0, 3, 1, 2)
+    for name, expected in (("permuted_mnist", permute(plain, 2000)), ("rotated_mnist", rotate(plain, 20))):
+        train, test = build_dataset(name, [(21, 20)], tmp_path, generator())
+        assert train.images.equal(expected) and not train.flip and not test.flip
+        assert train.labels.tolist() == [0] * 10 + [1] * 10
+    assert build_dataset("mnist", [(1, 0)], tmp_path, generator())[0].images.equal(plain)
+    for name, flip in (("mnist", False), ("digits", False), ("rotated_digits", False), ("cifar100", True)):
+        assert build_dataset(name, [(1, 0)], tmp_path, generator())[0].flip == flip
 
 
 def test_noise_in_training_labels_only(cifar100):
@@ -130,6 +159,11 @@ def test_digits_are_the_real_ones_and_every_fifth_of_a_class_is_test():
     counts = labels.bincount() + test_labels.bincount()
     assert test_labels.bincount().tolist() == [n // 5 for n in counts.tolist()]
     assert images.min() == 0 and 240 <= images.max() <= 255
+    # Pixel 3 + 7i of 28 lies in the middle between 2i and 2i + 1 of 8, so it is the mean of four, times 255 / 16.
+    source = np.loadtxt(Path(sklearn.__file__).parent / "datasets/data/digits.csv.gz", delimiter=",")
+    raw = source[0, :64].reshape(4, 2, 4, 2).mean((1, 3)) * 255 / 16
+    assert labels[0] == source[0, 64]
+    assert np.abs(images[0, 0, 3::7, 3::7].numpy() - raw).max() <= 0.5
 
 
 def test_npz_as_medmnist_lays_it_out(tmp_path):
@@ -239,17 +273,18 @@ def folder(tmp_path):
     for split in ("train", "test"):
         for i, name in enumerate(("ant", "bee", "cat")):
             (tmp_path / "pets" / split / name).mkdir(parents=True)
-            for j in range(2):
+            for j in range(2 if split == "train" else 1):
                 Image.new("RGB", (30, 20), (80 * i, j, 7)).save(tmp_path / "pets" / split / name / f"{j}.png")
     return tmp_path
 
 
 def test_image_folder(folder):
-    train, _ = build_dataset("image_folder", [("cat", "ant"), (1, 2)], folder, generator(), path="pets", size=24)
+    train, test = build_dataset("image_folder", [("cat", "ant"), (1, 2)], folder, generator(), path="pets", size=24)
     assert train.images.shape == (8, 3, 24, 24) and train.flip
     assert train.images[:, 0, 0, 0].tolist() == [160, 160, 0, 0, 80, 80, 160, 160]
     assert train.images[:, 1, 5, 5].tolist() == [0, 1] * 4
     assert train.labels.tolist() == [0, 0, 1, 1] * 2
+    assert test.labels.tolist() == [0, 1] * 2
 
 
 def test_image_folder_refuses(folder):
@@ -329,10 +364,15 @@ def test_torchvisions_files_are_read_and_leave_a_cache_where_they_may(tmp_path, 
     monkeypatch.setattr(np, "savez", lambda *_, **__: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
     first = build_dataset("cifar10", [(0, 1)], tmp_path, generator())
     assert not list(tmp_path.iterdir())
+    for data, split in zip(first, ("train", "test"), strict=True):
+        rows = np.concatenate([np.flatnonzero(arrays[f"{split}_labels"] == label) for label in (0, 1)])
+        assert np.array_equal(data.images.permute(0, 2, 3, 1), arrays[f"{split}_images"][rows])
     monkeypatch.undo()
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", Fake)
     second = build_dataset("cifar10", [(0, 1)], tmp_path, generator())
     assert [p.name for p in tmp_path.iterdir()] == ["cifar10.npz"]
     monkeypatch.undo()
     third = build_dataset("cifar10", [(0, 1)], tmp_path, generator())
-    assert all(a.images.equal(first[0].images) and a.labels.equal(first[0].labels) for a, _ in (second, third))
+    for again in (second, third):
+        for a, b in zip(again, first, strict=True):
+            assert a.images.equal(b.images) and a.labels.equal(b.labels)

@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -214,6 +215,17 @@ def test_without_ray_or_optuna_one_line_says_how_to_install_it(files, capsys, mo
     assert err.count("\n") == 1 and not Path("runs").exists()
 
 
+def test_a_trial_that_was_stopped_early_is_never_the_best():
+    def result(name, score, length, note=""):
+        metrics = {"trial_id": name, "score": score, "training_iteration": length, "time_total_s": 1.0, "note": note}
+        return SimpleNamespace(metrics=metrics, error=None, config={"lr": 0.1})
+
+    lost = SimpleNamespace(metrics=None, error=ValueError("x"), config={"lr": 0.1})
+    rows = hpo.rank([result("stopped", 0.9, 1), result("worse", 0.6, 9), result("best", 0.7, 9),
+                     result("broken", 0.0, 1, "inf"), lost], 9)  # fmt: skip
+    assert [row["trial"] for row in rows][:3] == ["best", "worse", "stopped"]
+
+
 def search(files, name, *flags):
     """Run a search of two trials, one after the other; return the rows of its table of trials."""
     assert hpo.main([*files, "--name", name, "--num_samples", "2", "--max_concurrent", "1", *flags]) == 0
@@ -230,7 +242,7 @@ def found(rows, *keys):
 def test_a_search_writes_settings_that_the_other_scripts_read(files, local_ray, capsys):
     rows = search(files, "first")
     out = capsys.readouterr().out
-    assert len(rows) == 2 and all(0 <= float(row["score"]) <= 1 and row["length"] in "12" for row in rows)
+    assert len(rows) == 2 and all(0 <= float(row["score"]) <= 1 and row["length"] in ("1", "2") for row in rows)
     best = max((row for row in rows if row["length"] == "2"), key=lambda row: float(row["score"]))
     written = Path("config/hyperparam/first.yaml")
     settings = read_settings("modelzoo.py", "modelzoo", [*files, "--hp_config", str(written)])

@@ -25,9 +25,27 @@ def test_wide_resnet_layers():
     assert [m.kernel_size for m in convolutions].count((3, 3)) == 13
     assert [(m.in_channels, m.out_channels) for m in convolutions if m.kernel_size == (1, 1)] == [
         (16, 64), (64, 128), (128, 256)]  # fmt: skip
-    # Kaiming, fan-out: variance 2 / (9 * out).
-    last = backbone.layers[-1].conv2.weight
-    assert last.std().item() == pytest.approx((2 / (9 * 256)) ** 0.5, rel=0.01)
+    # Kaiming, fan-out: variance 2 / (9 * out), here of 64 -> 128 channels.
+    wider = backbone.layers[3].conv1.weight
+    assert wider.std().item() == pytest.approx((2 / (9 * 128)) ** 0.5, rel=0.01)
+    x, sizes = torch.zeros(1, 3, 32, 32), []
+    for layer in backbone.eval().layers:
+        x = layer(x)
+        sizes.append(tuple(x.shape[1:]))
+    assert sizes == [(16, 32, 32)] + [(64, 32, 32)] * 2 + [(128, 16, 16)] * 2 + [(256, 8, 8)] * 2
+
+
+def test_wide_resnet_ends_in_norm_relu_and_mean():
+    backbone = build_net("wrn16_4", (3, 32, 32), [5], 0.0, seed=0).eval().backbone
+    x = torch.randn(2, 3, 32, 32)
+    y = backbone.layers(x) / (1 + 1e-5) ** 0.5  # batch norm at its initial running statistics
+    torch.testing.assert_close(backbone(x), y.clamp(min=0).flatten(2).mean(2))
+
+
+def test_input_itself_is_added_where_the_width_stays():
+    block = build_net("wrn16_4", (3, 32, 32), [5], 0.0, seed=0).eval().backbone.layers[2]
+    x, s = torch.randn(2, 64, 8, 8), (1 + 1e-5) ** 0.5
+    torch.testing.assert_close(block(x), x + block.conv2((block.conv1((x / s).relu()) / s).relu()))
 
 
 def test_shortcut_takes_the_activated_input_where_the_width_changes():
@@ -93,6 +111,14 @@ def make_heads():
         layer.weight.data = heads.weight.data[t, :c].clone()
         layer.bias.data = heads.bias.data[t, :c].clone()
     return heads, layers
+
+
+def test_heads_start_as_torchs_linear_layers():
+    """Uniform within 1 / sqrt(D)."""
+    torch.manual_seed(0)
+    heads = Heads(100, [10] * 20)
+    for p in (heads.weight, heads.bias):
+        assert 0.09 < p.abs().max().item() <= 0.1
 
 
 def test_gathered_heads_equal_separate_linear_layers():

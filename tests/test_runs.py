@@ -1,11 +1,14 @@
 """Whole runs on small data: the limits that must hold, the run folder, and the commands of the README."""
+import functools
 import importlib.util
+import itertools
 import json
 import os
 import shlex
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +18,11 @@ import yaml
 
 import modelzoo
 import multihead
+from net.wideresnet import Dropout
 from tests.conftest import CONV, flags, make_arrays, write_yaml
 from tools.sweep import read_grid
 from utils.config import ConfigError, read_search, read_settings
-from utils.logger import RunLog
+from utils.logger import RunLog, load_tensors
 from utils.run_net import choose_precision, make_generator
 
 ROOT = Path(__file__).parent.parent
@@ -102,6 +106,68 @@ def test_same_seed_same_result_and_another_seed_another(workspace):
     assert runs[0]["rounds"][0]["train_loss"] != runs[2]["rounds"][0]["train_loss"]
 
 
+def test_every_random_choice_derives_from_the_runs_seed_and_its_round(workspace, monkeypatch):
+    asked = []
+
+    def note(original, seed, round, purpose, *device):
+        asked.append((seed, round, purpose))
+        return original(seed, round, purpose, *device)
+
+    for module, name in ((modelzoo, "make_generator"), (multihead, "make_generator"), (multihead, "derive_seed")):
+        monkeypatch.setattr(module, name, functools.partial(note, getattr(module, name)))
+    start(workspace, "a", "--continual", "--replay_frac", "0.2", "--seed", "7", "--epochs", "1")
+    purposes = ("replay", "draw", "init", "shuffle", "augment", "dropout")
+    assert Counter(asked) == Counter([(7, 0, "data")] + [(7, k, purpose) for k in range(3) for purpose in purposes])
+
+
+def test_what_a_learner_is_trained_with(workspace, monkeypatch):
+    """Every setting, and each row with the head of its own task: not the newest one's."""
+    hyper = {"model": "wrn16_4", "batch": 6, "lr": 0.03, "l2_reg": 0.5, "dropout": 0.4, "epochs": 3}
+    write_yaml(workspace / "hp.yaml", hyper | {"schedule": "cosine", "augment": True})
+    settings = read_settings("x", "modelzoo", flags(workspace, "--continual"))
+    _, _, train, _ = multihead.prepare(settings)
+    given = {}
+
+    def note(net, images, rows, heads, labels, **more):
+        given.update(net=net, rows=rows.tolist(), heads=heads.tolist(), labels=labels.tolist(), **more)
+        return iter(())
+
+    monkeypatch.setattr(multihead, "train_net", note)
+    list(multihead.train_epochs(settings, "fp32", train, [2, 0], [train.rows(2), train.rows(0)[8:12].repeat(2)], 1))
+    assert given["rows"] == [*range(40, 60), 8, 9, 10, 11, 8, 9, 10, 11]
+    assert given["heads"] == [0] * 20 + [1] * 8
+    assert given["labels"] == [0] * 10 + [1] * 10 + [0, 0, 1, 1] * 2
+    keys = ("epochs", "batch", "lr", "l2_reg", "schedule", "augment", "flip", "precision", "start")
+    assert [given[key] for key in keys] == [3, 6, 0.03, 0.5, "cosine", True, False, "fp32", None]
+    drops = [m for m in given["net"].modules() if isinstance(m, Dropout)]
+    assert len(drops) == 6 and all((m.p, m.generator) == (0.4, given["generators"]["dropout"]) for m in drops)
+    assert len(set(map(id, given["generators"].values()))) == 3
+
+
+def test_losses_of_a_run_are_of_the_stored_training_logits(workspace):
+    result = start(workspace, "a", "--continual")
+    known, labels = {t: [] for t in range(3)}, torch.arange(2).repeat_interleave(10)
+    for k in range(3):
+        saved = load_tensors(workspace / f"runs/a/learners/00{k}.pt", "cpu")
+        for t, logits in zip(saved["tasks"], saved["train_logits"], strict=True):
+            known[t].append(logits.double().softmax(1))
+        for t in range(k + 1):
+            right = torch.stack(known[t]).mean(0)[torch.arange(20), labels]
+            assert result["rounds"][k]["train_loss"][t] == pytest.approx(-right.log().mean().item())
+
+
+def test_metrics_of_a_result_by_hand(workspace):
+    settings = read_settings("x", "modelzoo", flags(workspace, "--continual", "--name", "a"))
+    (workspace / "runs/a").mkdir(parents=True)
+    matrix = [[0.9, None, None], [0.6, 0.5, None], [0.7, 0.8, 0.4]]
+    cost = dict.fromkeys(("seconds", "rows_trained", "parameters", "stored_rows"), 0)
+    rounds = [{"tasks": [k]} for k in range(3)]
+    found = multihead.finish(settings, torch.device("cpu"), "fp32", matrix, rounds, cost)
+    keys = ("average_accuracy", "learning_accuracy", "forgetting", "backward_transfer")
+    # forgetting ((0.9 - 0.7) + (0.5 - 0.8)) / 2
+    assert [found[key] for key in keys] == pytest.approx([1.9 / 3, 0.6, -0.05, 0.05])
+
+
 def test_isolated_is_tasks_per_round_1(workspace):
     """Each task on its own: the zoo with one task a round against learners trained apart from any zoo."""
     result = start(workspace, "a", "--continual", "--tasks_per_round", "1")
@@ -166,8 +232,10 @@ def test_warm_start(workspace):
     result = start(workspace, "a", "--num_rounds", "1", "--tasks_per_round", "1", "--warm_start")
     assert (workspace / "runs/a/learners/warm.pt").exists() and len(result["rounds"]) == 1
     # The warm learner's losses decide round 0's draw, and it speaks for the tasks not drawn.
-    assert result["rounds"][0]["weights"] != [1, 1, 1]
     warm = torch.load(workspace / "runs/a/learners/warm.pt", weights_only=True)
+    labels = torch.tensor([0] * 10 + [1] * 10)
+    losses = [torch.nn.functional.cross_entropy(x.double(), labels).item() for x in warm["train_logits"]]
+    assert result["rounds"][0]["weights"] == pytest.approx(modelzoo.task_weights(losses).tolist())
     t = next(t for t in range(3) if t not in result["rounds"][0]["tasks"])
     accuracy = (warm["test_logits"][t].argmax(1) == torch.tensor([0] * 5 + [1] * 5)).double().mean().item()
     assert result["accuracy"][t] == accuracy
@@ -177,8 +245,21 @@ def test_multihead(workspace):
     result = start(workspace, "a", method="multihead")
     assert result["method"] == "multihead" and len(result["accuracy_matrix"]) == 1
     assert result["rounds"][0]["tasks"] == [0, 1, 2] and result["forgetting"] is None
-    assert len(result["rounds"][0]["train_loss"]) == 3
     assert numbers(start(workspace, "b", method="multihead")) == numbers(result)
+
+
+def test_multihead_reports_accuracy_on_test_rows_and_loss_on_training_rows(workspace):
+    arrays = make_arrays()
+    arrays["test_labels"] = arrays["test_labels"] ^ 1  # what is learned is wrong on every test row
+    np.savez(workspace / "data/toy.npz", **arrays)
+    result = start(workspace, "a", "--epochs", "4", method="multihead")
+    saved = load_tensors(workspace / "runs/a/learners/000.pt", "cpu")
+    train, test = torch.arange(2).repeat_interleave(10), torch.arange(2).repeat_interleave(5)
+    on_train = [(x.argmax(1) == train).double().mean().item() for x in saved["train_logits"]]
+    accuracy = [(x.argmax(1) == test).double().mean().item() for x in saved["test_logits"]]
+    loss = [torch.nn.functional.cross_entropy(x.double(), train).item() for x in saved["train_logits"]]
+    assert result["accuracy"] == accuracy != on_train
+    assert result["rounds"][0]["train_loss"] == pytest.approx(loss)
 
 
 def test_unequal_class_counts_samples_and_colour(workspace):
@@ -232,12 +313,21 @@ def test_existing_folder_is_neither_overwritten_nor_mixed(workspace, capsys):
     assert {p: p.read_bytes() for p in (workspace / "runs").rglob("*") if p.is_file()} == before
 
 
-def test_diverging_learner_stops_the_run_and_keeps_the_zoo(workspace, capsys):
-    start(workspace, "a", "--continual", "--num_rounds", "1")
-    write_yaml(workspace / "hp.yaml", {**CONV, "lr": 1e9})
-    assert multihead.command("modelzoo.py", "modelzoo", modelzoo.run, flags(workspace, "--name", "b")) == 2
+def test_diverging_learner_stops_the_run_and_keeps_the_zoo(workspace, monkeypatch, capsys):
+    whole = start(workspace, "a", "--continual")
+    train_net, calls = multihead.train_net, itertools.count()
+
+    def diverge_later(*args, lr, **more):
+        return train_net(*args, lr=lr if next(calls) == 0 else 1e9, **more)
+
+    with monkeypatch.context() as m:
+        m.setattr(multihead, "train_net", diverge_later)
+        command = flags(workspace, "--name", "b", "--continual")
+        assert multihead.command("modelzoo.py", "modelzoo", modelzoo.run, command) == 2
     err = capsys.readouterr().err
-    assert "round 0, epoch 0: the training loss is" in err and "learning rate 1e+09" in err and err.count("\n") == 1
+    assert "round 1, epoch 0: the training loss is" in err and "learning rate 1e+09" in err and err.count("\n") == 1
+    assert [file.name for file in (workspace / "runs/b/learners").iterdir()] == ["000.pt"]
+    assert numbers(start(workspace, "b", "--continual", "--resume")) == numbers(whole)
 
 
 def test_output_names_tasks_and_says_where_everything_is(workspace, capsys):
@@ -330,11 +420,14 @@ def test_output_that_cannot_be_written_is_one_line(workspace):
     assert done.returncode == 2 and "No space left on device" in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_resume_on_other_data_is_refused(workspace, capsys):
+@pytest.mark.parametrize("changed", ["train_images", "train_labels", "test_images", "test_labels"])
+def test_resume_on_other_data_is_refused(workspace, capsys, changed):
     """Found by review: data of the same shape under the same name were mixed in without a word."""
     start(workspace, "a", "--continual")
     (workspace / "runs/a/learners/002.pt").unlink()
-    np.savez(workspace / "data/toy.npz", **make_arrays(seed=1))
+    arrays = make_arrays()
+    arrays[changed] = arrays[changed] ^ 1
+    np.savez(workspace / "data/toy.npz", **arrays)
     capsys.readouterr()
     command = flags(workspace, "--name", "a", "--continual", "--resume")
     assert multihead.command("x", "modelzoo", modelzoo.run, command) == 2

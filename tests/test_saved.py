@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,34 @@ def test_a_fresh_process_needs_three_lines(workspace, environment, off):
                           env=os.environ | environment)  # fmt: skip
     found = torch.tensor(json.loads(done.stdout), dtype=torch.float64)
     torch.testing.assert_close(found, Zoo.load(saved, "cpu").predict(images, 0), rtol=0, atol=off)
+
+
+def test_a_loaded_zoo_weighs_its_learners_as_the_run_did(workspace):
+    start(workspace, "a", "--continual", "--replay_frac", "0.25", "--save_nets")
+    zoo = Zoo.load(workspace / "runs/a", "cpu")
+    stored = [load_tensors(learner_path(workspace / "runs/a", k), "cpu") for k in range(3)]
+    a, b, c = (s["test_logits"][s["tasks"].index(0)].double().softmax(1) for s in stored)
+    mean = (4 * a + b + c) / 6
+    torch.testing.assert_close(zoo.predict_log_probs(0).exp(), mean)
+    arrays = make_arrays()
+    rows = np.concatenate([np.flatnonzero(arrays["test_labels"] == label) for label in (0, 1)])
+    torch.testing.assert_close(zoo.predict(arrays["test_images"][rows], 0), mean, rtol=1e-5, atol=1e-6)
+
+
+def test_each_learner_predicts_through_its_own_head(saved):
+    """Heads stand in the order in which a learner's tasks were drawn, which need not be the config's."""
+    zoo, arrays = Zoo.load(saved, "cpu"), make_arrays()
+    one = zoo.learners[1]
+    assert one.tasks == (0, 1)
+    zoo.learners, zoo.nets = [replace(one, tasks=(1, 0))], zoo.nets[1:2]
+    rows = np.concatenate([np.flatnonzero(arrays["test_labels"] == label) for label in (0, 1)])
+    through_head_0 = one.test_logits[0].double().softmax(1)
+    torch.testing.assert_close(zoo.predict(arrays["test_images"][rows], 1), through_head_0, rtol=1e-5, atol=1e-6)
+
+
+def test_a_loaded_zoo_has_the_warm_learner(workspace):
+    start(workspace, "a", "--num_rounds", "1", "--tasks_per_round", "1", "--warm_start")
+    assert [len(one.tasks) for one in Zoo.load(workspace / "runs/a", "cpu").learners] == [3, 1]
 
 
 def test_a_zoo_of_an_unfinished_run_is_its_learners_so_far(saved):

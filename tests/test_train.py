@@ -182,14 +182,27 @@ def test_auto_is_bf16_where_the_processor_multiplies_it(monkeypatch, device, has
     assert choose_precision("bf16", torch.device(device)) == "bf16"
 
 
+def test_crops_are_used_in_training_alone(monkeypatch):
+    seen = []
+    monkeypatch.setattr(run_net, "sample_crops", lambda x, flip, generator: seen.append((len(x), flip)) or x)
+    net = build_net("conv", (1, 28, 28), [3, 2], 0.0, seed=1)
+    train(net, augment=True, flip=True)
+    assert seen == [(8, True), (8, True), (4, True)] * 2
+    predict_logits(net, make_training()[0], torch.arange(4), 1, 2, "fp32")
+    train(net, augment=False, flip=True)
+    assert len(seen) == 6
+
+
 def test_bf16_touches_neither_loss_nor_parameters():
     net = build_net("conv", (1, 28, 28), [3, 2], 0.0, seed=1)
     values = train(net, precision="bf16")
     exact = train(build_net("conv", (1, 28, 28), [3, 2], 0.0, seed=1))
     assert {p.dtype for p in net.parameters()} == {torch.float32}
     assert values[0]["train_loss"] == pytest.approx(exact[0]["train_loss"], rel=0.02)
-    images = make_training()[0]
-    assert predict_logits(net, images, torch.arange(4), 1, 2, "bf16").dtype == torch.float32
+    a, b = (predict_logits(net, make_training()[0], torch.arange(4), 1, 2, p) for p in ("bf16", "fp32"))
+    assert a.dtype == torch.float32
+    torch.testing.assert_close(a, b, rtol=0.05, atol=0.05)
+    assert not a.equal(b)  # the backbone did run in bfloat16
 
 
 def test_prediction_goes_through_the_head_asked_for_and_in_the_order_asked_for():

@@ -70,6 +70,20 @@ def test_weights_of_a_round_come_from_the_losses_of_the_tasks_that_may_be_drawn(
     assert sorted(tasks) == [0, 1, 2, 3] and weights == pytest.approx(task_weights(zoo.loss).tolist())
 
 
+def test_weights_decide_the_draw():
+    zoo = Zoo([], [], [2] * 11)
+    zoo.learners.append(None)
+    # Of the ten that may be drawn m = 0.1: nine weigh 1/e and task 9 weighs 1000, so P(task 9) = 0.997.
+    zoo.loss = [0.0] * 9 + [1.0, 0.0]
+
+    def draws(naive):
+        return [choose(zoo, 10, tasks_per_round=2, naive=naive, generator=make_generator(seed, 10, "draw"))[0][0]
+                for seed in range(20)]  # fmt: skip
+
+    assert draws(naive=False).count(9) >= 18
+    assert draws(naive=True).count(9) < 10  # 2 are expected
+
+
 def test_weights_are_equal_before_the_first_learner_even_where_class_counts_differ():
     assert choose(Zoo([], [], [2, 10]), 0, continual=False, tasks_per_round=2)[1] == [1, 1]
 
@@ -78,7 +92,7 @@ def test_seed_and_round_reach_the_draw():
     draws = {tuple(sample_tasks(torch.ones(10), 5, make_generator(seed, k, "draw")))
              for seed in range(3) for k in range(3)}  # fmt: skip
     assert len(draws) == 9
-    assert derive_seed(0, 1, "draw") != derive_seed(1, 0, "draw") != derive_seed(0, 1, "init")
+    assert len({derive_seed(seed, k, use) for seed in (0, 1) for k in (0, 1) for use in ("draw", "init")}) == 8
 
 
 def test_ensemble_is_the_weighted_mean_of_probabilities():
@@ -107,6 +121,24 @@ def test_zoo_speaks_with_the_learners_that_know_the_task():
     assert zoo.predict_log_probs(0).exp().tolist() == [pytest.approx([5 / 8, 3 / 8]), pytest.approx([3 / 8, 5 / 8])]
     assert zoo.loss[0] == pytest.approx(-math.log(5 / 8))
     assert zoo.accuracy == [1, 0]
+
+
+@pytest.mark.parametrize("r, mean", [(1.0, 0.45), (0.5, 0.525)])  # (.75 + .5 + .1) / 3, (2 * .75 + .5 + .1) / 4
+def test_three_learners(r, mean):
+    labels = [torch.tensor([0])]
+    zoo = Zoo(labels, labels, [2], r)
+    for p in (0.75, 0.5, 0.1):
+        zoo.add(learner([0], [[[math.log(p), math.log(1 - p)]]]))
+    assert zoo.predict_log_probs(0).exp()[0, 0].item() == pytest.approx(mean)
+    assert zoo.loss[0] == pytest.approx(-math.log(mean))
+
+
+def test_loss_is_of_training_rows_and_accuracy_of_test_rows():
+    zoo = Zoo([torch.tensor([0])], [torch.tensor([1, 1])], [2])
+    train, test = torch.tensor([[math.log(3), 0.0]]), torch.tensor([[0.0, math.log(9)], [5.0, 0.0]])
+    zoo.add(Learner((0,), (train,), (test,), 0.0, 0, 0))
+    assert zoo.loss[0] == pytest.approx(-math.log(3 / 4))
+    assert zoo.accuracy == [0.5]
 
 
 def test_first_learner_on_a_task_weighs_1_over_r():
