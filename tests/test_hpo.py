@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -261,6 +262,28 @@ def test_a_search_writes_settings_that_the_other_scripts_read(files, local_ray, 
     assert hpo.main([*files, "--name", "mine"]) == 2
     assert "mine.yaml is there already" in capsys.readouterr().err
     assert Path("config/hyperparam/mine.yaml").read_text() == HYPER
+
+
+@needs_ray
+def test_a_search_stops_the_lowest_scores_and_proposes_near_the_highest(files, local_ray, monkeypatch):
+    """A trial's score here is its dropout, drawn from 0 to 0.5."""
+
+    def report_dropout(chosen, **_):
+        from ray import tune
+
+        for _ in range(9):
+            tune.report({"score": chosen["dropout"], "note": ""})
+
+    monkeypatch.setattr(hpo, "trial", report_dropout)  # a function of a function: Ray sends its code, not its name
+    argv = [*files, "--epochs", "9", "--name", "a", "--num_samples", "25", "--max_concurrent", "1"]
+    assert hpo.main(argv) == 0
+    with open("runs/a/trials.csv", encoding="utf-8") as file:
+        scores = [(float(row["score"]), row["length"]) for row in csv.DictReader(file)]
+    finished = [score for score, length in scores if length == "9"]
+    stopped = [score for score, length in scores if length != "9"]
+    assert len(finished) + len(stopped) == 25 and statistics.mean(finished) > statistics.mean(stopped)
+    assert max(stopped) < max(finished) == max(scores)[0]
+    assert statistics.mean(score for score, _ in scores) > 0.3  # uniform draws have 0.25
 
 
 @needs_ray
