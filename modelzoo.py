@@ -154,12 +154,14 @@ class Zoo:
             [N, C_t] float64 on the CPU; column c is of the c-th label that the config lists for the task.
 
         Raises:
-            ConfigError: the run kept no networks, or no such task.
+            ConfigError: the run kept no networks, no such task, or several of that name.
             DataError: images of another type or shape.
         """
         t = self.names.index(task) if task in self.names else task
         if not hasattr(t, "__index__") or t not in range(len(self.names)):
             raise ConfigError(f"task: {task!r} is not one of {', '.join(self.names)}, nor an index of one")
+        if self.names.count(task) > 1:
+            raise ConfigError(f"task: {task!r} names {self.names.count(task)} tasks; give the index of one")
         if None in self.nets:
             raise ConfigError("the run kept no networks, which --save_nets does; only what it stored can be read")
         device = self.test_labels[t].device

@@ -530,3 +530,66 @@ def test_page_in_a_browser(tmp_path):
     # The figures were drawn: the bars' blue on white, and the heat map's darkest blue and lightest yellow.
     for colour in ((64, 149, 197), (0, 34, 78), (254, 232, 56)):
         assert (abs(pixels - colour).max(2) < 12).sum() > 500
+
+
+def test_groups_that_no_setting_tells_apart_have_labels_and_numbers_of_their_own(tmp_path):
+    """Found by review: the third group was (2) as well, and its numbers stood in the second's row too."""
+    folders = [make_run(tmp_path / name, [[x, x]] * 2, dataset="npz", path=f"{name}.npz")
+               for name, x in (("a", 0.1), ("b", 0.5), ("c", 0.9))]  # fmt: skip
+    groups, _ = read_groups(folders)
+    assert [group.label for group in groups] == ["Model Zoo", "Model Zoo (2)", "Model Zoo (3)"]
+    found = measure(groups)
+    assert [found[group.label]["average_accuracy"][0] for group in groups] == [0.1, 0.5, 0.9]
+
+
+def test_forward_transfer_comes_from_isolated_of_the_same_settings_seed_by_seed(tmp_path):
+    folders = []
+    for seed, isolated in ((0, 0.5), (1, 0.7)):
+        folders.append(make_run(tmp_path / f"longer{seed}", [[0.1, 0.1]] * 2, seed, tasks_per_round=1, epochs=9))
+        folders.append(make_run(tmp_path / f"iso{seed}", [[isolated] * 2] * 2, seed, tasks_per_round=1))
+        folders.append(make_run(tmp_path / f"zoo{seed}", [[0.8, 0.8]] * 2, seed))
+        # Neither flag changes anything in Isolated, so that its runs without them serve here, too.
+        folders.append(make_run(tmp_path / f"kept{seed}", [[0.8, 0.9]] * 2, seed, replay_frac=0.5, naive=True))
+    groups, _ = read_groups(folders)
+    found = measure(groups)
+    zoo, kept = [found[group.label]["forward_transfer"] for group in groups if group.runs[0].kind == "Model Zoo"]
+    assert zoo == pytest.approx({0: 0.8 - 0.5, 1: 0.8 - 0.7})
+    assert kept == pytest.approx({0: 0.9 - 0.5, 1: 0.9 - 0.7})
+
+
+def test_every_format_has_the_numbers_by_hand(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(report, "make_figures", lambda groups: [])
+    # Differences 4, 2 and 6 points: mean 4, sd 2, half width 4.302653 x 2 / sqrt(3) = 4.968; t = 3.4641, p = 0.0742.
+    # Forgetting of a zoo that ends at x and began 0.1 higher is 0.1, and Isolated's is 0.
+    folders = [make_run(tmp_path / f"zoo{s}", [[x + 0.1, 0], [x, x]], s) for s, x in enumerate((0.70, 0.72, 0.74))]
+    folders += [make_run(tmp_path / f"iso{s}", [[x, x]] * 2, s, tasks_per_round=1, cost=(s, 10 * s, 100 * s))
+                for s, x in enumerate((0.66, 0.70, 0.68))]  # fmt: skip
+    rows = (
+        # of costs the mean: seconds 0, 1 and 2, rows ten times, parameters a hundred times that
+        ("Isolated", "3", "68.00", "2.00", "63.03", "72.97", "1.0", "10", "100", "1"),
+        ("Model Zoo", "forgetting", "3", "10.00", "0.00", "10.00", "10.00"),
+        ("Model Zoo", "forward transfer", "3", "4.00", "2.00", "-0.97", "8.97"),
+        ("Model Zoo", "Isolated", "average accuracy", "paired", "3", "4.00", "2.00", "-0.97", "8.97", "0.074"),
+    )
+    assert report_of(*folders, "--format", "markdown", "--html", tmp_path / "page.html") == 0
+    out, page = capsys.readouterr().out, (tmp_path / "page.html").read_text()
+    assert report_of(*folders[:-1], "--format", "latex", "--html", tmp_path / "fewer.html") == 0
+    assert "<li>Model Zoo minus Isolated: 2 of 3 seeds are shared" in (tmp_path / "fewer.html").read_text()
+    capsys.readouterr()
+    assert report_of(*folders, "--format", "latex") == 0
+    latex = capsys.readouterr().out
+    for row in rows:
+        assert "| " + " | ".join(row) + " |\n" in out
+        assert " & ".join(row) + r" \\" in latex
+        cells = "".join(f'<td(?: class="number")?>{re.escape(cell)}</td>' for cell in row)
+        assert re.search(f"<tr>{cells}</tr>", page)
+    assert report_of(*folders, "--format", "csv") == 0
+    line = next(r for r in csv.DictReader(io.StringIO(capsys.readouterr().out)) if r["group"] == "Isolated")
+    numbers = [float(line[key]) for key in ("mean", "sd", "low", "high")]
+    assert numbers == pytest.approx([0.68, 0.02, 0.63032, 0.72968], abs=1e-5)
+
+
+@pytest.mark.parametrize("key", ["precision", "device", "l2_reg", "dropout", "schedule", "augment", "model", "samples"])
+def test_runs_that_differ_in_a_setting_are_no_seeds_of_one_group(tmp_path, key):
+    folders = [make_run(tmp_path / f"{s}", [[0.6, 0.6]] * 2, s, **{key: x}) for s, x in enumerate("xy")]
+    assert len(read_groups(folders)[0]) == 2

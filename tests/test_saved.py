@@ -123,6 +123,16 @@ def test_predict_refuses(saved, images, task, message):
         Zoo.load(saved, "cpu").predict(images, task)
 
 
+def test_predict_refuses_the_name_of_several_tasks(workspace):
+    """Found by review: it took the first."""
+    write_yaml(workspace / "data.yaml", {"dataset": "npz", "path": "toy.npz", "tasks": [[0, 1], [0, 1]]})
+    start(workspace, "a", "--continual", "--save_nets")
+    zoo, image = Zoo.load(workspace / "runs/a", "cpu"), np.zeros((1, 24, 24), "uint8")
+    with pytest.raises(ConfigError, match="'0 1' names 2 tasks; give the index of one"):
+        zoo.predict(image, "0 1")
+    assert zoo.predict(image, 1).shape == (1, 2)
+
+
 def change_net(folder, tasks=None, **changes):
     path = learner_path(folder, 1)
     content = load_tensors(path, "cpu")
@@ -241,3 +251,29 @@ def test_what_cannot_be_extended_is_one_line_and_nothing_is_written(workspace, c
 def test_extend_needs_continual(workspace, capsys):
     assert multihead.command("modelzoo.py", "modelzoo", modelzoo.run, flags(workspace, "--extend", "x")) == 2
     assert "--extend needs --continual" in capsys.readouterr().err
+
+
+def test_learners_of_another_machine_are_kept_though_its_draw_went_otherwise(workspace, monkeypatch):
+    old = start(workspace, "old", "--continual", "--tasks_per_round", "2")
+    drawn, _ = old["rounds"][2]["tasks"]
+    monkeypatch.setattr(modelzoo, "sample_tasks", lambda weights, n, generator: [1 - drawn] * n if len(weights) == 2
+                        else [0] * n)  # fmt: skip
+    monkeypatch.setattr(multihead, "train_learner", None)  # nothing is trained
+    words = ["--continual", "--tasks_per_round", "2", "--extend", str(workspace / "runs/old")]
+    assert numbers(start(workspace, "new", *words)) == numbers(old)
+
+
+@pytest.mark.parametrize("more", [["--naive"], ["--replay_frac", "0.5"], ["--epochs", "3"]])
+def test_what_decides_the_old_learners_may_not_change(workspace, capsys, more):
+    start(workspace, "old", "--continual", "--num_rounds", "1")
+    words = flags(workspace, "--name", "new", "--continual", "--extend", str(workspace / "runs/old"), *more)
+    assert multihead.command("x", "modelzoo", modelzoo.run, words) == 2
+    assert f"--extend: {more[0][2:]} is" in capsys.readouterr().err
+
+
+def test_a_saved_network_predicts_in_the_precision_of_its_run(workspace):
+    start(workspace, "a", "--continual", "--num_rounds", "1", "--save_nets", "--precision", "bf16")
+    zoo, arrays = Zoo.load(workspace / "runs/a", "cpu"), make_arrays()
+    rows = np.concatenate([np.flatnonzero(arrays["test_labels"] == label) for label in (0, 1)])
+    torch.testing.assert_close(zoo.predict(arrays["test_images"][rows], 0), zoo.predict_log_probs(0).exp(), rtol=1e-6,
+                               atol=1e-7)  # fmt: skip

@@ -1,6 +1,7 @@
 """The sweep: the runs of a grid are those of the ordinary commands, wherever they are made."""
 import contextlib
 import importlib.util
+import io
 import json
 import os
 import secrets
@@ -10,11 +11,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 import modelzoo
 import multihead
@@ -271,3 +274,29 @@ def count_nodes(environment, address):
             "print(sum(node['Alive'] for node in ray.nodes()))")  # fmt: skip
     asked = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     return int(asked.stdout or 0)
+
+
+def test_table_of_a_sweep_is_in_per_cent(files):
+    console = Console(file=io.StringIO(), width=100)
+    console.print(sweep.make_table([sweep.Row(Path("runs/a"), "done", 0.8125, 3.0, "node")], live=False))
+    assert "a done 81.25 3.0 node" in " ".join(console.file.getvalue().split())
+
+
+def test_a_finished_run_of_another_precision_is_not_taken_for_this_one(files):
+    settings = read_settings("multihead.py", "multihead", [*files, "--name", "a", "--device", "cpu"])
+    config = json.loads(json.dumps(asdict(settings))) | {"precision": "bf16"}
+    Path("runs/a").mkdir(parents=True)
+    Path("runs/a/result.json").write_text(json.dumps({"config": config, "average_accuracy": 0.5, "seconds": 1}))
+    assert sweep.read_finished(settings)["average_accuracy"] == 0.5  # auto is what it came to
+    with pytest.raises(ConfigError, match="was run with precision bf16, not fp32"):
+        sweep.read_finished(replace(settings, precision="fp32"))
+
+
+@pytest.mark.parametrize("words", [
+    ["--methods", "multihead", "--seed", "5"], ["--methods", "multihead --seed=5"],
+    ["--methods", "multihead --hp_config other.yaml"],
+])  # fmt: skip
+def test_what_the_grid_would_override_is_refused(files, words):
+    """Found by review: --seed 5 went to every run, and then the grid's own seed, 0, over it."""
+    with pytest.raises(ConfigError, match="a run has that of the grid; give --(seeds|hp_config) outside"):
+        sweep.read_grid([*words, *files])

@@ -277,10 +277,11 @@ def group_runs(runs):
         else:
             seeds[run.seed] = run
     members = [[seeds[seed] for seed in sorted(seeds)] for seeds in found.values()]
-    labels = []
+    alike, labels = [], []
     for runs in members:
-        label = _label(runs[0], [other[0] for other in members if other is not runs])
-        labels.append(label + f" ({labels.count(label) + 1})" * (label in labels))
+        alike.append(_label(runs[0], [other[0] for other in members if other is not runs]))
+        label = alike[-1] + f" ({alike.count(alike[-1])})" * (alike[-1] in alike[:-1])
+        labels.append(label)
         drawn = [_member(member) for run in runs for member in run.members]
         if len(set(drawn)) < len(drawn):
             notes.append(f"{label}: the ensembles share runs, so they are alike by more than chance and the spread "

@@ -129,6 +129,10 @@ def read_grid(argv):
         word, *own = split_words("--methods", text) or [""]
         if word not in METHODS:
             raise ConfigError(f"--methods: {text!r} does not begin with one of {', '.join(METHODS)}")
+        for key in ("data_config", "hp_config", "seed"):
+            if any(w.split("=")[0] == f"--{key}" for w in (*own, *common)):
+                raise ConfigError(f"--{key}: a run has that of the grid; give --{'seeds' if key == 'seed' else key} "
+                                  "outside of methods and flags")  # fmt: skip
         method, *fixed = METHODS[word]
         files = ["--data_config", data_config, "--hp_config", hp_config, "--seed", str(seed)]
         settings = read_settings(f"{method}.py", method, [*fixed, *own, *common, *files])
