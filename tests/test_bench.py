@@ -1,7 +1,10 @@
 """The benchmark measures what it says."""
+import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tools import bench
 from utils.config import ConfigError
@@ -26,3 +29,41 @@ def test_bench_refuses():
         bench.read_flags(["--batches", "0"])
     with pytest.raises(ConfigError, match="--batches: 5001 must be at least 1 and at most 5000"):
         bench.read_flags(["--batches", "5001"])
+
+
+def fake_clock(monkeypatch):
+    """A clock for bench.py that goes only where it is told to."""
+    now = [0.0]
+    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    return now
+
+
+def test_ms_are_of_a_step(monkeypatch):
+    """Steps of 2, 3 and 7 s in turn, whatever their number in an epoch."""
+    now, seconds = fake_clock(monkeypatch), itertools.cycle((3.0, 2.0, 7.0))
+
+    def train_net(net, images, rows, heads, labels, *, batch, **_):
+        yield
+        for step in seconds:
+            now[0] += step * len(rows) / batch
+            yield
+
+    monkeypatch.setattr(bench, "train_net", train_net)
+    found = bench.measure_training("conv", 4, torch.device("cpu"), "fp32", 0.1)
+    assert found["ms"] == pytest.approx([3000, 2000, 7000])
+    assert found["rows_per_s"] == pytest.approx(4 / 3)
+
+
+def test_matrix_products_count_2_n_cubed(monkeypatch):
+    now = fake_clock(monkeypatch)
+    monkeypatch.setattr(bench, "wait", lambda device: now.__setitem__(0, now[0] + 4.0))
+    monkeypatch.setattr(torch, "randn", lambda n, *_, **__: torch.zeros(n, 1).expand(n, n)[:1, :1])
+    assert bench.measure_matrix_rate(torch.device("cpu"), "fp32") == 2 * 2048**3 / 4
+
+
+def test_ratio_is_how_much_longer_the_textbook_takes(monkeypatch):
+    now = fake_clock(monkeypatch)
+    took = {"multihead.py": iter((2.0, 4.0, 2.0)), "tools/bench.py": iter((6.0, 20.0, 8.0))}
+    monkeypatch.setattr(bench.subprocess, "run", lambda argv, **_: now.__setitem__(0, now[0] + next(took[argv[3]])))
+    found = bench.compare_textbook("conv", torch.device("cpu"), "fp32", 3)
+    assert (found["ours"], found["textbook"], found["ratio"]) == ([2, 4, 2], [6, 20, 8], 4)  # of 3, 5 and 4

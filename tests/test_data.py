@@ -13,7 +13,7 @@ import multihead
 from datasets import mini_imagenet
 from datasets.build_dataset import build_dataset
 from datasets.cifar import load_cifar100
-from datasets.data import DataError, load_npz, make_tasks
+from datasets.data import DataError, load_image, load_npz, make_tasks
 from datasets.digits import load_digits
 from datasets.modmnist import modify, permute, rotate
 from tests.conftest import CONV, make_arrays, write_yaml
@@ -376,3 +376,48 @@ def test_torchvisions_files_are_read_and_leave_a_cache_where_they_may(tmp_path, 
     for again in (second, third):
         for a, b in zip(again, first, strict=True):
             assert a.images.equal(b.images) and a.labels.equal(b.labels)
+
+
+def test_photographs_may_be_mirrored(tmp_path):
+    for name, size in (("cifar10", 32), ("cifar100", 32), ("mini_imagenet", 84)):
+        np.savez(tmp_path / f"{name}.npz", **make_arrays(classes=2, train=2, test=1, size=size, channels=3))
+        assert build_dataset(name, [(0, 1)], tmp_path, generator())[0].flip
+    np.savez(tmp_path / "toy.npz", **make_arrays(classes=2, train=2, test=1, channels=3))
+    assert not build_dataset("npz", [(0, 1)], tmp_path, generator(), path="toy.npz")[0].flip  # nobody knows
+
+
+def test_rotated_digits_are_rotated():
+    (images, labels), (test_images, test_labels) = load_digits()
+    train, test = build_dataset("rotated_digits", [(21, 20)], None, generator())
+    assert train.images.equal(rotate(torch.cat([images[labels == 1], images[labels == 0]]), 20))
+    assert test.images.equal(rotate(torch.cat([test_images[test_labels == 1], test_images[test_labels == 0]]), 20))
+
+
+@pytest.mark.parametrize("name, torchvisions, size, channels", [
+    ("mnist", "MNIST", 28, 1), ("cifar10", "CIFAR10", 32, 3), ("cifar100", "CIFAR100", 32, 3)])  # fmt: skip
+def test_every_download_is_of_its_own_dataset(tmp_path, monkeypatch, name, torchvisions, size, channels):
+    import torchvision
+
+    arrays = make_arrays(classes=2, train=2, test=1, size=size, channels=channels)
+
+    class Fake:
+        def __init__(self, root, train, download):
+            images, labels = (arrays[f"{'train' if train else 'test'}_{what}"] for what in ("images", "labels"))
+            self.data, self.targets = images[..., 0] if channels == 1 else images, labels.tolist()
+            if name == "mnist":  # torchvision keeps these as tensors
+                self.data, self.targets = torch.tensor(self.data), torch.tensor(self.targets)
+
+    monkeypatch.setattr(torchvision, "datasets", type("Datasets", (), {torchvisions: Fake}))
+    train, _ = build_dataset(name, [(0, 1)], tmp_path, generator())
+    rows = np.concatenate([np.flatnonzero(arrays["train_labels"] == label) for label in (0, 1)])
+    assert np.array_equal(train.images.permute(0, 2, 3, 1), arrays["train_images"][rows])
+
+
+def test_mini_imagenets_labels_run_through_train_val_and_test():
+    assert list(mini_imagenet.SPLITS.items()) == [("train", 64), ("val", 16), ("test", 20)]
+
+
+def test_an_image_that_is_not_square_keeps_its_sides(tmp_path):
+    pixels = np.arange(24, dtype=np.uint8).reshape(4, 6)  # 4 rows of 6
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    assert load_image(tmp_path / "a.png", (1, 4, 6))[..., 0].tolist() == pixels.tolist()

@@ -10,7 +10,7 @@ import modelzoo
 import multihead
 from multihead import Learner, learner_path, save_learner
 from tests.test_report import assert_one_line, make_run, report_of
-from tools.runs import make_ensemble, read_run
+from tools.runs import load_log_probs, make_ensemble, read_run
 from utils.logger import save_tensors
 
 
@@ -144,3 +144,22 @@ def test_real_runs_of_every_kind_end_to_end(tmp_path, capsys):
     capsys.readouterr()
     assert multihead.command(*joint, [*flags, "--num_tasks", "4"]) == 2
     assert_one_line(capsys, "--num_tasks: 4 must be at most 3")
+
+
+def test_ensemble_averages_probabilities_and_not_their_logarithms(tmp_path):
+    """Class 0 has (0.99 + 0.3 + 0.2) / 3 = 0.497 and loses; by the product, 0.0594 to 0.0056, it would win."""
+    folders = [make_predictions(make_run(tmp_path / f"{s}", [[float(p < 0.5)]], s), [[[p, 1 - p]]], [1])
+               for s, p in enumerate((0.99, 0.3, 0.2))]  # fmt: skip
+    assert make_ensemble(folders).matrix == [[1.0]]
+
+
+def test_members_of_limited_replay_weigh_their_learners_as_the_run_did(tmp_path):
+    """r = 1/4: a task's first learner weighs 4. Class 0 of task 0 has (4 x 0.7 + 0.1) / 5 = 0.58; equally 0.4."""
+    folder = make_run(tmp_path / "zoo", [[1.0, 0], [1.0, 1.0]], replay_frac=0.25)
+    (folder / "learners").mkdir()
+    for k, rows in enumerate(([[0.7, 0.3]], [[0.1, 0.9], [0.8, 0.2]])):
+        logits = tuple(torch.tensor([row]).log() for row in rows)
+        save_learner(learner_path(folder, k), Learner(tuple(range(k + 1)), logits, logits, 1.0, 10, 20))
+    save_tensors(folder / "test_labels.pt", [torch.tensor([0]), torch.tensor([0])])
+    predictions, _ = load_log_probs(read_run(folder))
+    assert predictions[0].exp()[0].tolist() == pytest.approx([0.58, 0.42])

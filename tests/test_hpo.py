@@ -21,7 +21,7 @@ import modelzoo
 import multihead
 from datasets.data import DataError, TaskData, hold_out
 from utils.cluster import connect
-from utils.config import SPACE, read_search, read_settings, read_space
+from utils.config import SPACE, load_yaml, read_search, read_settings, read_space
 from utils.logger import RunLog
 
 ROOT = Path(__file__).parents[1]
@@ -357,3 +357,11 @@ def test_a_killed_search_goes_on(files):
     assert len(rows) == 5 == len({row["trial"] for row in rows}) and Path("config/hyperparam/killed.yaml").exists()
     kept = [name for name, text in before.items() if (trials / name / "result.json").read_text() == text]
     assert len(kept) >= 1  # the trials that were done are not made again
+
+
+def test_the_best_settings_are_for_the_epochs_of_the_search(files):
+    settings, _ = read_search("hpo.py", [*files, "--epochs", "3"])
+    hpo.write_best(Path("best.yaml"), settings, {"lr": 0.5, "batch": 4}, ["Found by: a test"])
+    assert load_yaml("best.yaml") == {"model": "conv", "batch": 4, "lr": 0.5, "l2_reg": 1e-5, "dropout": 0, "epochs": 3,
+                                      "augment": False}  # fmt: skip
+    assert Path("best.yaml").read_text().startswith("# Found by: a test\n")

@@ -2,6 +2,7 @@
 import importlib.util
 import json
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from tests.test_report import make_run, make_seeds, report_of
 from tools import peers
 from tools.runs import group_runs, read_run
 from utils.config import read_settings
+from utils.logger import RunLog
 from utils.run_net import derive_seed, make_generator, predict_logits, train_net
 
 
@@ -293,3 +295,24 @@ def test_a_loss_without_bounds_is_one_line(workspace, avalanche, capsys):
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "the training loss is" in err
     assert not (workspace / "runs/a/result.json").exists()
+
+
+@pytest.mark.parametrize("method", ["naive", "joint"])
+def test_accuracies_are_of_the_test_rows(workspace, monkeypatch, method):
+    """Without Avalanche: nothing is learned, and a net that calls all rows of a task alike is right on two test rows of
+    five; of the training rows it is right on half."""
+    arrays = make_arrays()
+    keep = np.concatenate([np.flatnonzero(arrays["test_labels"] == c)[: 2 if c % 2 == 0 else 3] for c in range(6)])
+    np.savez(workspace / "data" / "toy.npz",
+             **arrays | {key: arrays[key][keep] for key in ("test_images", "test_labels")})  # fmt: skip
+    (settings,) = peers.read_peers([method, *flags(workspace)])
+    _, precision, train, test = prepare(settings)
+    monkeypatch.setattr(peers, "make_strategy", lambda *_: SimpleNamespace(train=lambda *_, **__: None, plugins=[]))
+    monkeypatch.setattr(peers, "make_experiences", lambda train: [None] * 3)
+    monkeypatch.setattr(peers, "wrap_net", lambda *_: SimpleNamespace(rows_trained=0))
+    monkeypatch.setattr(peers, "predict_logits", lambda net, images, rows, t, classes, precision:
+                        torch.tensor([[1.0, 0.0]]).repeat(len(rows), 1))  # fmt: skip
+    (workspace / "log").mkdir()
+    with RunLog(workspace / "log", 3, 1) as log:
+        matrix, _, _ = peers.train_peer(settings, precision, train, test, log)
+    assert matrix[-1] == pytest.approx([0.4] * 3)

@@ -1,4 +1,5 @@
 """tools/plot.py: what is drawn, by hand; files of every kind; bad input."""
+import json
 import math
 import sys
 
@@ -183,3 +184,44 @@ def test_groups_over_other_tasks_and_single_tasks_have_their_places(tmp_path):
     groups = group_runs([read_run(folder) for folder in folders])[0]
     assert plot.choose("bars", groups)[0] == groups[:1]
     assert plot.save(plot.draw("seen", groups[1:]), "svg").startswith(MAGIC["svg"])
+
+
+def test_bars_have_whiskers_of_the_interval_and_a_dot_a_seed(zoo):
+    axis = figure_of("bars", zoo).axes[0]
+    (whisker,) = axis.containers[-1].errorbar[2][0].get_segments()
+    # mean 74.333, sd 3, n = 3: half width 4.302653 x 3 / sqrt(3) = 7.45241
+    assert whisker[:, 0].tolist() == pytest.approx([74.33333 - 7.45241, 74.33333 + 7.45241])
+    dots = axis.collections[-1].get_offsets()
+    assert dots[:, 0].tolist() == pytest.approx([71.33333, 74.33333, 77.33333])
+
+
+def test_matrix_has_every_number_in_its_cell_and_rounds_from_1_down(zoo, joint):
+    figure = figure_of("matrix", [*zoo, joint[1]])
+    axis = figure.axes[0]
+    cells = {text.get_position(): text.get_text() for text in axis.texts}
+    assert (cells[0.5, 1.5], cells[1.5, 1.5], cells[0.5, 2.5], cells[2.5, 2.5]) == ("63.0", "73.0", "65.0", "83.0")
+    for panel, rows in zip(figure.axes, ([[53], [63, 73], [65, 75, 83]], [[60, 70, 80]]), strict=False):
+        shown = panel.collections[0].get_array()
+        assert [row.compressed().tolist() for row in shown] == [pytest.approx(row) for row in rows]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["1", "2", "3"] and axis.get_ylim() == (3, 0)
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["0 1", "2 3", "4 5"]
+    assert [panel.get_title() for panel in figure.axes[:2]] == ["Model Zoo", "Multi-Head"]
+
+
+def test_draws_are_means_over_seeds(tmp_path, zoo):
+    """Weights 0.5 and 1.5 in round 3 of three seeds; here the last seed's are 3.5 and 1.5, and it drew task 1."""
+    file = zoo[2] / "result.json"
+    result = json.loads(file.read_text())
+    result["rounds"][2] |= {"weights": [3.5, 1.5], "tasks": [1, 2]}
+    file.write_text(json.dumps(result))
+    shares, weights = (axis.collections[0].get_array() for axis in figure_of("draws", zoo).axes[:2])
+    assert shares[2].tolist() == pytest.approx([2 / 3, 1 / 3, 1])
+    assert weights[2].compressed().tolist() == pytest.approx([1.5, 1.5])
+
+
+def test_isolated_has_a_whisker_of_the_interval(tmp_path, zoo):
+    isolated = [make_run(tmp_path / f"iso{s}", [[0.5 + 0.03 * s] * 3] * 3, s, tasks_per_round=1) for s in range(3)]
+    axis = figure_of("seen", zoo + isolated).axes[1]
+    ((low, high),) = axis.collections[-1].get_segments()
+    # mean 53, sd 3, n = 3: half width 7.45241; at the task's own place, the second
+    assert [*low, *high] == pytest.approx([2, 53 - 7.45241, 2, 53 + 7.45241])

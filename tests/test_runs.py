@@ -1,4 +1,5 @@
 """Whole runs on small data: the limits that must hold, the run folder, and the commands of the README."""
+import contextlib
 import functools
 import importlib.util
 import itertools
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +20,12 @@ import yaml
 
 import modelzoo
 import multihead
+from multihead import learner_path
 from net.wideresnet import Dropout
 from tests.conftest import CONV, flags, make_arrays, write_yaml
 from tools.sweep import read_grid
-from utils.config import ConfigError, read_search, read_settings
-from utils.logger import RunLog, load_tensors
+from utils.config import ConfigError, Settings, read_search, read_settings
+from utils.logger import RunLog, load_tensors, open_run, print_result
 from utils.run_net import choose_precision, make_generator
 
 ROOT = Path(__file__).parent.parent
@@ -480,3 +483,47 @@ def test_tensorboard_without_the_package_is_one_line(workspace, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="--tensorboard: .*pip install tensorboard"):
         read_settings("x", "multihead", flags(workspace, "--tensorboard"))
+
+
+def test_table_of_a_result_by_hand(capsys):
+    """Task 0 falls from 90 to 70 %, task 1 rises from 50 to 80 %, task 2 is new."""
+    result = {"accuracy": [0.7, 0.8, 0.4], "accuracy_matrix": [[0.9, None, None], [0.6, 0.5, None], [0.7, 0.8, 0.4]],
+              "rounds": [{"tasks": [0]}, {"tasks": [0, 1]}, {"tasks": [1, 2]}], "average_accuracy": 1.9 / 3,
+              "learning_accuracy": 0.6, "forgetting": -0.05, "backward_transfer": None, "seconds": 12.34}  # fmt: skip
+    print_result(result, ["night", "dusk", "day"], "runs/a")
+    out = " ".join(capsys.readouterr().out.split())
+    assert "0 night 90.00 70.00 -20.00 1 dusk 50.00 80.00 +30.00 2 day 40.00 40.00 +0.00" in out
+    assert "average accuracy 63.33 % learning accuracy 60.00 % forgetting -5.00 % seconds 12.3 run folder runs/a" in out
+
+
+def test_a_run_goes_on_only_with_every_setting_that_decides_it(tmp_path):
+    free = {"resume", "out", "name", "data_dir", "tensorboard", "extend", "data_config", "hp_config"}
+    settings = {f.name: 1 for f in fields(Settings)}
+    with open_run(tmp_path / "a", settings, False, "a CPU"):
+        pass
+    for key in settings:
+        refused = pytest.raises(ConfigError, match=f"was run with {key} 1, not 2")
+        with contextlib.nullcontext() if key in free else refused, open_run(
+            tmp_path / "a", settings | {key: 2}, True, "a CPU"):  # fmt: skip
+            pass
+
+
+def test_a_runs_zoo_weighs_the_first_learner_of_a_task_by_1_over_r(workspace):
+    """From the files alone, as the loss is what tells one weighting from another on few rows."""
+    result = start(workspace, "a", "--continual", "--replay_frac", "0.2")
+    saved = [load_tensors(learner_path(workspace / "runs/a", k), "cpu") for k in range(3)]
+    a, b, c = (s["train_logits"][s["tasks"].index(0)].double().softmax(1) for s in saved)
+    labels = torch.tensor([0, 0, 1, 1])  # 0.2 of 10 rows of each class
+    for k, mean in ((1, (5 * a + b) / 6), (2, (5 * a + b + c) / 7)):
+        loss = -mean[torch.arange(4), labels].log().mean().item()
+        assert result["rounds"][k]["train_loss"][0] == pytest.approx(loss)
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_photographs_are_mirrored_in_training_and_digits_are_not(workspace, monkeypatch, flip):
+    settings = read_settings("x", "modelzoo", flags(workspace))
+    train = replace(multihead.prepare(settings)[2], flip=flip)
+    given = []
+    monkeypatch.setattr(multihead, "train_net", lambda *args, flip, **more: given.append(flip) or iter(()))
+    list(multihead.train_epochs(settings, "fp32", train, [0], [train.rows(0)], 0))
+    assert given == [flip]

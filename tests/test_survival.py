@@ -25,6 +25,8 @@ import modelzoo
 import multihead
 from tests.conftest import CONV, flags, write_yaml
 from tests.test_runs import MAIN, numbers, start
+from utils.config import read_settings
+from utils.logger import RunLog, load_tensors, save_tensors
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.test_survival"])
@@ -412,3 +414,30 @@ def test_learner_that_diverges_in_its_last_step_does_not_join_the_zoo(workspace,
     err = capsys.readouterr().err
     assert "round 0: after training the largest logit is nan at learning rate 0.01" in err and err.count("\n") == 1
     assert not list((workspace / "runs/a/learners").iterdir())
+
+
+class Evil:
+    """Makes a folder where it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, ("EXECUTED",)
+
+
+def test_a_sealed_file_that_asks_for_code_is_refused_and_never_run(tmp_path, monkeypatch):
+    """A checksum proves that a file is whole, not that it is harmless."""
+    monkeypatch.chdir(tmp_path)
+    save_tensors(tmp_path / "000.pt", {"tasks": Evil()})
+    with pytest.raises(ValueError, match="not a learner's file"):
+        load_tensors(tmp_path / "000.pt", "cpu")
+    assert not (tmp_path / "EXECUTED").exists()
+
+
+def test_seconds_before_an_interruption_count(workspace):
+    settings = read_settings("x", "multihead", flags(workspace))
+    _, precision, train, test = multihead.prepare(settings)
+    rows, file = [train.rows(0)], workspace / "000.checkpoint"
+    _, _, snapshot = next(multihead.train_epochs(settings, precision, train, [0], rows, 0))
+    save_tensors(file, {"tasks": [0], "epoch": 1, "seconds": 1000.0, "snapshot": snapshot()})
+    with RunLog(workspace, 1, 1) as log:
+        learner = multihead.train_learner(settings, precision, train, test, [0], rows, rows, 0, log, file)
+    assert 1000 < learner.seconds < 1100

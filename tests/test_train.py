@@ -313,3 +313,26 @@ def test_captured_training_equals_uncaptured(monkeypatch, model, precision):
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-3)
     for p, q in zip(net, twin, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-2, atol=1e-4)
+
+
+def test_training_computes_in_the_precision_asked_for():
+    losses = [train(build_net("conv", (1, 28, 28), [3, 2], 0.0, seed=1), precision=p)[0]["train_loss"]
+              for p in ("bf16", "fp32")]  # fmt: skip
+    assert losses[0] == pytest.approx(losses[1], rel=0.02) and losses[0] != losses[1]
+
+
+def test_prediction_keeps_no_graph():
+    net = build_net("conv", (1, 28, 28), [3, 2], 0.0, seed=1)
+    assert not predict_logits(net, make_training()[0], torch.arange(4), 1, 2, "fp32").requires_grad
+
+
+def test_the_loss_scale_goes_on_where_it_stood():
+    def learn(start=None):
+        net = build_net("conv", (1, 28, 28), [3, 2], 0.0, seed=1)
+        arguments = {**TRAINING, "precision": "fp16", "generators": {"shuffle": generator()}}
+        _, snapshot = next(train_net(net, *make_training(), **arguments, start=start))
+        return snapshot()
+
+    start = learn()
+    start["scaler"]["scale"] = 8.0
+    assert learn(start)["scaler"]["scale"] == 8.0
