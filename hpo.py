@@ -18,16 +18,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from rich import box
-from rich.table import Table
 
 from datasets.data import checksum, hold_out
-from multihead import guard, name_batch, prepare, train_epochs
+from multihead import train_epochs
 from utils import metrics
 from utils.cluster import connect, share_out
-from utils.config import ConfigError, dump_yaml, load_yaml, read_search
-from utils.logger import RunError, describe_hardware, make_console, open_run, write_file
-from utils.run_net import choose_device, choose_precision, derive_seed, predict_logits
+from utils.command import guard, name_batch
+from utils.config_files import ConfigError, dump_yaml, load_yaml
+from utils.device import choose_device, choose_precision, describe_hardware
+from utils.log import RunLog, print_table, say
+from utils.run import prepare
+from utils.run_folder import RunError, open_folder, write_file
+from utils.run_net import derive_seed, predict_logits
+from utils.search import read_search
 
 CONFIGS = Path("config/hyperparam")  # where the best settings are written
 FREE = ("address", "cpus_per_trial", "gpus_per_trial", "device", "precision")  # may change when a search is resumed
@@ -60,7 +63,8 @@ def score_rounds(settings, precision, fit, held_out):
         for rounds in range(1, settings.num_rounds + 1):
             # A zoo of one round more finds its earlier learners in the folder, as a resumed run does.
             longer = replace(settings, num_rounds=rounds)
-            matrix, _, _ = grow_zoo(longer, precision, fit, held_out, Path(folder))
+            with RunLog(Path(folder), rounds, 0) as log:
+                matrix, _, _ = grow_zoo(longer, precision, fit, held_out, Path(folder), log)
             yield metrics.average_accuracy(matrix)
 
 
@@ -170,16 +174,12 @@ def write_best(path, settings, chosen, lines):
 
 
 def print_trials(rows, settings, search):
-    """Print a table of the trials and what the search came to."""
+    """Print a table of the trials."""
     unit = "epochs" if settings.method == "multihead" else "rounds"
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in ("trial", "score %", unit, *search.space, "seconds", "note"):
-        table.add_column(column, justify="left" if column in ("trial", "note") else "right")
-    for row in rows:
-        chosen = [f"{row[key]:.3g}" for key in search.space]
-        table.add_row(row["trial"], f"{100 * row['score']:.2f}", str(row["length"]), *chosen, f"{row['seconds']:.1f}",
-                      row["note"])  # fmt: skip
-    make_console().print(table)
+    print_table(["trial", "score %", unit, *search.space, "seconds", "note"], [
+        [row["trial"], f"{100 * row['score']:.2f}", str(row["length"]), *(f"{row[key]:.3g}" for key in search.space),
+         f"{row['seconds']:.1f}", row["note"]] for row in rows
+    ])  # fmt: skip
 
 
 def run(settings, search, argv):
@@ -206,7 +206,7 @@ def run(settings, search, argv):
     about |= {key: value for key, value in asdict(search).items() if key not in FREE}
     about["data"] = checksum(fit, held_out)
     hardware = describe_hardware(torch.device("cpu"))
-    with open_run(folder, json.loads(json.dumps(about)), settings.resume, hardware, "trials"):
+    with open_folder(folder, json.loads(json.dumps(about)), settings.resume, hardware, "trials"):
         tuner = make_tuner(replace(settings, device=device), search, folder, resources, slots, fit, held_out)
         # A trial that a lost node or a killed process left unfinished begins again and reports its first epochs twice.
         warnings.filterwarnings("ignore", "The reported value is ignored because this `step=", UserWarning)
@@ -227,11 +227,10 @@ def run(settings, search, argv):
             f"Data: {settings.data_config}, {len(fit.labels)} rows to train on, {len(held_out.labels)} held out",
             f"Date: {datetime.now(UTC):%Y-%m-%d}, in {sum(row['seconds'] for row in rows):.0f} s of trials",
         ])  # fmt: skip
-        console = make_console()
-        console.print(f"{'best score':>18}  {100 * best['score']:.2f} % on {held}", markup=False)
-        console.print(f"{'median trial':>18}  {100 * median:.2f} %", markup=False)
+        say(f"{'best score':>18}  {100 * best['score']:.2f} % on {held}")
+        say(f"{'median trial':>18}  {100 * median:.2f} %")
         for key, value in (*chosen.items(), ("settings", best_path), ("trials", folder / "trials.csv")):
-            console.print(f"{key:>18}  {value}", markup=False, soft_wrap=True)
+            say(f"{key:>18}  {value}")
         return rows
 
 

@@ -1,34 +1,24 @@
-"""Model Zoo (Ramesh & Chaudhari, ICLR 2022): an ensemble that grows by one multi-head learner a round.
+"""Model Zoo (Ramesh & Chaudhari, ICLR 2022): an ensemble that grows by one multi-head learner per round.
 
 Each round draws tasks with a probability that rises with the zoo's training loss on them, as boosting does, trains a
 learner on them, and predicts a task by averaging the learners that know it.
 """
 import math
 import sys
-from fractions import Fraction
-from pathlib import Path
 
 import torch
 
-from datasets.data import checksum, make_images
-from multihead import (
-    COST,
-    command,
-    finish,
-    learner_path,
-    load_net,
-    make_learner,
-    open_folder,
-    prepare,
-    record,
-    train_or_load,
-)
-from utils.config import ConfigError, load_yaml
-from utils.logger import FREE, RunLog, load_tensors, task_names, write_file
+from datasets.data import make_images, replay_repeats, sample_replay
+from multihead import train_or_load
+from utils.command import command
+from utils.config_files import ConfigError
+from utils.device import choose_device
+from utils.dry_run import estimate
+from utils.learner import COST, WARM, load_run
+from utils.log import task_names
 from utils.metrics import accuracy, log_probs, negative_log_likelihood
-from utils.run_net import choose_device, make_generator, predict_logits
-
-WARM = -1  # the "round" of the learner that --warm_start trains before round 0
+from utils.run import check_extension, finish, open_run, prepare
+from utils.run_net import make_generator, predict_logits
 
 
 def ensemble_log_probs(logits, weights):
@@ -118,29 +108,13 @@ class Zoo:
         Raises:
             ConfigError: no run folder, no learner, or a damaged or foreign file.
         """
-        folder, device = Path(folder), choose_device(device)
-        path = folder / "config.yaml"
-        try:
-            settings = load_yaml(path)["settings"]
-            n = settings["num_rounds"] if settings["continual"] else len(settings["tasks"])
-            path = folder / "test_labels.pt"
-            labels = load_tensors(path, device)[:n]
-            zoo = cls([], labels, [len(task) for task in settings["tasks"]][:n], settings["replay_frac"])
-            zoo.names = task_names(settings["tasks"], settings["names"])[:n]
-            zoo.nets = []
-            for k in range(WARM if settings["warm_start"] else 0, settings["num_rounds"]):
-                path = learner_path(folder, k)
-                if not path.exists() and zoo.learners:
-                    break  # the run is not finished
-                learner = make_learner(load_tensors(path, device))
-                zoo.add(learner)
-                zoo.nets.append(learner.net and load_net(learner.net, device))
-        except OSError as e:
-            raise ConfigError(f"{path}: cannot be read ({e.strerror})") from e
-        except torch.OutOfMemoryError:
-            raise
-        except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as e:
-            raise ConfigError(f"{path}: damaged or foreign ({' '.join(str(e).split())[:80]})") from e
+        settings, labels, learners, nets = load_run(folder, choose_device(device))
+        n = len(labels)
+        zoo = cls([], labels, [len(task) for task in settings["tasks"]][:n], settings["replay_frac"])
+        zoo.names = task_names(settings["tasks"], settings["names"])[:n]
+        for learner in learners:
+            zoo.add(learner)
+        zoo.nets = nets
         return zoo
 
     def predict(self, images, task):
@@ -218,37 +192,6 @@ def choose_tasks(zoo, k, continual, tasks_per_round, naive, generator):
     return sample_tasks(weights, n, generator) + [k] * continual, weights.tolist()
 
 
-def sample_replay(train, t, replay_frac, generator):
-    """Rows of task t that may be looked at once it is past: floor(replay_frac x rows) of every class, at least 1.
-
-    Args:
-        train: `TaskData`.
-        t: index of the task.
-        replay_frac: in (0, 1].
-        generator: on the CPU.
-
-    Returns:
-        [n] int64, ascending.
-    """
-    if replay_frac == 1:
-        return train.rows(t)
-    rows, kept = train.rows(t), []
-    for c in range(train.classes[t]):
-        of_class = rows[train.labels[rows] == c]
-        # The fraction as it was written: 0.29 of 100 rows is 29, though in floats 0.29 * 100 < 29.
-        n = max(math.floor(Fraction(repr(replay_frac)) * len(of_class)), 1)
-        kept.append(of_class[torch.randperm(len(of_class), generator=generator)[:n].to(rows.device)])
-    return torch.cat(kept).sort().values
-
-
-def replay_repeats(num_tasks, replay_frac):
-    """How often a kept row of a past task stands in an epoch of a learner on n tasks: max(floor(1/((n-1)r)), 1).
-
-    So about half of every batch is the new task. `num_tasks` is n, at least 2; `replay_frac` is r, in (0, 1].
-    """
-    return max(math.floor(1 / ((num_tasks - 1) * Fraction(repr(replay_frac)))), 1)
-
-
 def run(settings, loaded=None):
     """Grow a zoo in its run folder and return its result; `loaded` is as for `build_dataset`.
 
@@ -257,51 +200,31 @@ def run(settings, loaded=None):
         RunError: training diverged or the disk refused; what was written before is safe.
     """
     device, precision, train, test = prepare(settings, loaded)
-    old = []
-    if settings.extend is not None:
-        old = check_extension(settings, record(settings, device, precision), train, test)
-    with open_folder(settings, device, precision, train, test) as folder:
-        for k in range(len(old)):
-            if not learner_path(folder, k).exists():
-                write_file(learner_path(folder, k), learner_path(Path(settings.extend), k).read_bytes())
-        return finish(settings, device, precision, *grow_zoo(settings, precision, train, test, folder, old))
+    old = check_extension(settings, device, precision, train, test)
+    plan = plan_rounds(settings, train)
+    if settings.dry_run:
+        return estimate(settings, device, precision, train, test, plan)
+    with open_run(settings, device, precision, train, test, plan) as (folder, log):
+        matrix, rounds, cost = grow_zoo(settings, precision, train, test, folder, log, old)
+        return finish(settings, device, precision, matrix, rounds, cost)
 
 
-def check_extension(settings, mine, train, test):
-    """Whether the learners of the run folder `settings.extend` are those that this run would begin with.
+def plan_rounds(settings, train):
+    """What the learners will train on, the warm start first: of each the number of its tasks and its rows in an epoch.
 
-    Args:
-        settings: this run's.
-        mine: the same, as `record` gives them.
-        train, test: `TaskData`.
-
-    Returns:
-        A tuple of tasks for each of its learners.
-
-    Raises:
-        ConfigError: they are not: other settings, other data, tasks that do not come first here; or a damaged file.
+    The rows are those of average tasks, because which tasks are drawn is not known yet.
     """
-    zoo, folder = Zoo.load(settings.extend, "cpu"), Path(settings.extend)
-    theirs = load_yaml(folder / "config.yaml")["settings"]
-    n = len(theirs["tasks"])
-    # A precision and a device may change on the way.
-    apart = (*FREE, "num_rounds", "device", "precision", "data", "names", "save_nets")
-    now = mine | {"tasks": mine["tasks"][:n], "tasks_per_round": min(mine["tasks_per_round"], n)}
-    for key in now:
-        if key not in apart and now[key] != theirs.get(key):
-            what = f"the first {n} tasks are" if key == "tasks" else f"{key} is {now[key]!r:.40}"
-            was = "other tasks" if key == "tasks" else f"{theirs.get(key)!r:.40}"
-            raise ConfigError(f"--extend: {what} not as in {folder}, which was run with {was}")
-    if settings.save_nets and None in zoo.nets:
-        raise ConfigError(f"--save_nets: {folder} kept no networks, so the run that extends it cannot keep all")
-    if checksum(train.first(n), test.first(n)) != theirs.get("data"):
-        raise ConfigError(f"--extend: the data of the first {n} tasks are not those that {folder} was run on")
-    if len(zoo.learners) > settings.num_rounds:
-        raise ConfigError(f"--extend: {folder} holds {len(zoo.learners)} learners; --num_rounds must be at least that")
-    return [learner.tasks for learner in zoo.learners]
+    num_tasks, r = len(train.classes), settings.replay_frac
+    whole = len(train.labels) / num_tasks
+    plan = [(num_tasks, len(train.labels))] * settings.warm_start
+    for k in range(settings.num_rounds):
+        n = min(settings.tasks_per_round, k + 1 if settings.continual else num_tasks)
+        past = whole if r == 1 or n == 1 else whole * r * replay_repeats(n, r)
+        plan.append((n, round(whole + (n - 1) * past)))
+    return plan
 
 
-def grow_zoo(settings, precision, train, test, folder, old=()):
+def grow_zoo(settings, precision, train, test, folder, log, old=()):
     """The paper's algorithm, a round each turn of the loop; a learner already on disk is not trained again.
 
     Args:
@@ -309,16 +232,16 @@ def grow_zoo(settings, precision, train, test, folder, old=()):
         precision: fp32, bf16 or fp16.
         train, test: `TaskData` on the training device.
         folder: the run folder.
+        log: the `RunLog`.
         old: tasks of the learners that are there from the run that this one extends.
 
     Returns:
         matrix: [rounds][tasks] the zoo's test accuracy after each round, None where a task is not yet seen.
-        rounds: a dict a round, as in result.json.
+        rounds: a dict per round, as in result.json.
         cost: of all learners together: seconds, rows_trained, parameters; and stored_rows.
     """
     continual, seed, r = settings.continual, settings.seed, settings.replay_frac
     num_tasks = settings.num_rounds if continual else len(settings.tasks)
-    names = task_names(settings.tasks, settings.names)
     kept = [sample_replay(train, t, r, make_generator(seed, t, "replay")) for t in range(num_tasks)]
     zoo = Zoo([train.labels[rows] for rows in kept], [test.labels[test.rows(t)] for t in range(num_tasks)],
               train.classes[:num_tasks], r)  # fmt: skip
@@ -327,32 +250,26 @@ def grow_zoo(settings, precision, train, test, folder, old=()):
         """The rows of task t that the learner of round k trains on: all of a new task, the kept ones of a past task."""
         return kept[t].repeat(replay_repeats(len(tasks), r)) if continual and r < 1 and t != k else train.rows(t)
 
-    per_round = [min(settings.tasks_per_round, k + 1 if continual else num_tasks) for k in range(settings.num_rounds)]
-    learned = sum(per_round) + num_tasks * settings.warm_start
     matrix, rounds = [], []
-    work = settings.epochs * learned * len(train.labels) / len(train.classes)
-    with RunLog(folder, settings.num_rounds, work, settings.tensorboard) as log:
-        for k in range(WARM if settings.warm_start else 0, settings.num_rounds):
-            if k == WARM:
-                tasks, weights = list(range(num_tasks)), []
-            else:
-                tasks, weights = choose_tasks(zoo, k, continual, settings.tasks_per_round, settings.naive,
-                                              make_generator(seed, k, "draw"))  # fmt: skip
-                tasks = list(old[k]) if k < len(old) else tasks  # a draw on another machine may have gone otherwise
-            learner = train_or_load(settings, precision, train, test, tasks, [train_rows(k, tasks, t) for t in tasks],
-                                    [kept[t] for t in tasks], k, folder, log)  # fmt: skip
-            zoo.add(learner)
-            seen = k + 1 if continual else num_tasks
-            unseen = [None] * (num_tasks - seen)
-            mean = sum(zoo.accuracy[:seen]) / seen
-            if k != WARM:
-                matrix.append(zoo.accuracy[:seen] + unseen)
-                rounds.append({"tasks": tasks, "weights": weights, "train_loss": zoo.loss[:seen] + unseen,
-                               "seconds": learner.seconds})  # fmt: skip
-            log.log_round(k, tasks=tasks, test_accuracy=mean, seconds=learner.seconds)
-            log.print(f"{'warm start' if k == WARM else f'round {k + 1}/{settings.num_rounds}'}: "
-                      f"{', '.join(names[t] for t in tasks)}: zoo's test accuracy {100 * mean:.2f} % on {seen} "
-                      f"task{'s' * (seen > 1)} seen, {learner.seconds:.1f} s")  # fmt: skip
+    for k in range(WARM if settings.warm_start else 0, settings.num_rounds):
+        if k == WARM:
+            tasks, weights = list(range(num_tasks)), []
+        else:
+            tasks, weights = choose_tasks(zoo, k, continual, settings.tasks_per_round, settings.naive,
+                                          make_generator(seed, k, "draw"))  # fmt: skip
+            tasks = list(old[k]) if k < len(old) else tasks  # a draw on another machine may have gone otherwise
+        learner = train_or_load(settings, precision, train, test, tasks, [train_rows(k, tasks, t) for t in tasks],
+                                [kept[t] for t in tasks], k, folder, log)  # fmt: skip
+        zoo.add(learner)
+        seen = k + 1 if continual else num_tasks
+        unseen = [None] * (num_tasks - seen)
+        if k != WARM:
+            matrix.append(zoo.accuracy[:seen] + unseen)
+            rounds.append({"tasks": tasks, "weights": weights, "train_loss": zoo.loss[:seen] + unseen,
+                           "seconds": learner.seconds})  # fmt: skip
+        known = [zoo.accuracy[t] for t in range(seen) if zoo.weights[t]]
+        log.log_round(k, tasks=tasks, test_accuracy=sum(zoo.accuracy[:seen]) / seen, seconds=learner.seconds,
+                      known=known)  # fmt: skip
     cost = {key: sum(getattr(learner, key) for learner in zoo.learners) for key in COST}
     revisits = not continual or settings.tasks_per_round > 1
     return matrix, rounds, cost | {"stored_rows": revisits * sum(map(len, kept))}

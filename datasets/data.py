@@ -3,8 +3,10 @@ import contextlib
 import hashlib
 import io
 import itertools
+import math
 import os
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +125,37 @@ def hold_out(train):
         return replace(train, images=train.images[chosen], labels=train.labels[chosen], starts=starts)
 
     return subset(~held), subset(held)
+
+
+def sample_replay(train, t, replay_frac, generator):
+    """Rows of task t that may be looked at once it is past: floor(replay_frac x rows) of every class, at least 1.
+
+    Args:
+        train: `TaskData`.
+        t: index of the task.
+        replay_frac: in (0, 1].
+        generator: on the CPU.
+
+    Returns:
+        [n] int64, ascending.
+    """
+    if replay_frac == 1:
+        return train.rows(t)
+    rows, kept = train.rows(t), []
+    for c in range(train.classes[t]):
+        of_class = rows[train.labels[rows] == c]
+        # The fraction as it was written: 0.29 of 100 rows is 29, though in floats 0.29 * 100 < 29.
+        n = max(math.floor(Fraction(repr(replay_frac)) * len(of_class)), 1)
+        kept.append(of_class[torch.randperm(len(of_class), generator=generator)[:n].to(rows.device)])
+    return torch.cat(kept).sort().values
+
+
+def replay_repeats(num_tasks, replay_frac):
+    """How often a kept row of a past task stands in an epoch of a learner on n tasks: max(floor(1/((n-1)r)), 1).
+
+    So about half of every batch is the new task. `num_tasks` is n, at least 2; `replay_frac` is r, in (0, 1].
+    """
+    return max(math.floor(1 / ((num_tasks - 1) * Fraction(repr(replay_frac)))), 1)
 
 
 def load_npz(path, shape=None, num_labels=None):

@@ -5,13 +5,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from utils.logger import save_tensors
 
 import modelzoo
 import multihead
 from multihead import Learner, learner_path, save_learner
 from tests.test_report import assert_one_line, make_run, report_of
 from tools.runs import load_log_probs, make_ensemble, read_run
-from utils.logger import save_tensors
 
 
 def make_predictions(folder, probabilities, labels, rounds=(0,)):

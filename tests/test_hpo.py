@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from utils.logger import RunLog
 
 import hpo
 import modelzoo
@@ -22,7 +23,6 @@ import multihead
 from datasets.data import DataError, TaskData, hold_out
 from utils.cluster import connect
 from utils.config import SPACE, load_yaml, read_search, read_settings, read_space
-from utils.logger import RunLog
 
 ROOT = Path(__file__).parents[1]
 needs_ray = pytest.mark.skipif(

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from utils.logger import RunLog
 
 import modelzoo
 import multihead
@@ -17,7 +18,6 @@ from tests.test_report import make_run, make_seeds, report_of
 from tools import peers
 from tools.runs import group_runs, read_run
 from utils.config import read_settings
-from utils.logger import RunLog
 from utils.run_net import derive_seed, make_generator, predict_logits, train_net
 
 

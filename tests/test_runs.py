@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from utils.logger import RunLog, load_tensors, open_run, print_result
 
 import modelzoo
 import multihead
@@ -25,7 +26,6 @@ from net.wideresnet import Dropout
 from tests.conftest import CONV, flags, make_arrays, write_yaml
 from tools.sweep import read_grid
 from utils.config import ConfigError, Settings, read_search, read_settings
-from utils.logger import RunLog, load_tensors, open_run, print_result
 from utils.run_net import choose_precision, make_generator
 
 ROOT = Path(__file__).parent.parent

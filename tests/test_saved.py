@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from utils.logger import load_tensors, save_tensors
 
 import modelzoo
 import multihead
@@ -21,7 +22,6 @@ from multihead import learner_path
 from tests.conftest import CONV, flags, make_arrays, write_yaml
 from tests.test_runs import numbers, start
 from utils.config import ConfigError
-from utils.logger import load_tensors, save_tensors
 
 ROOT = Path(__file__).parent.parent
 NAMES = ["dark", "middle", "bright"]

@@ -20,13 +20,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from utils.logger import RunLog, load_tensors, save_tensors
 
 import modelzoo
 import multihead
 from tests.conftest import CONV, flags, write_yaml
 from tests.test_runs import MAIN, numbers, start
 from utils.config import read_settings
-from utils.logger import RunLog, load_tensors, save_tensors
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.test_survival"])

@@ -24,16 +24,17 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import yaml  # noqa: E402
-from rich import box  # noqa: E402
-from rich.table import Table  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
-from multihead import guard  # noqa: E402
 from net.build_net import build_net, set_dropout_generator  # noqa: E402
-from utils.config import MODELS, PRECISIONS, Parser, check, load_yaml  # noqa: E402
-from utils.logger import commit, describe_hardware, make_console, versions  # noqa: E402
-from utils.run_net import choose_device, choose_precision, forward, train_net  # noqa: E402
+from utils.command import guard  # noqa: E402
+from utils.config import Parser  # noqa: E402
+from utils.config_files import MODELS, PRECISIONS, check, load_yaml  # noqa: E402
+from utils.device import choose_device, choose_precision, describe_hardware  # noqa: E402
+from utils.log import print_table, say  # noqa: E402
+from utils.run_folder import commit, versions  # noqa: E402
+from utils.run_net import forward, train_net  # noqa: E402
 
 TASKS, CLASSES, ROWS = 5, 5, 5000
 
@@ -175,16 +176,6 @@ def compare_textbook(model, device, precision, repeats):
     return {"model": model, **seconds, "ratio": statistics.median(ratios)}
 
 
-def print_table(title, columns, rows):
-    """Print a table of texts; the first column stands left."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left")
-    for row in rows:
-        table.add_row(*row)
-    make_console().print(table)
-
-
 def read_flags(argv=None):
     """Read the command line."""
     p = Parser(prog="bench.py", description="Measure how fast this machine trains.", allow_abbrev=False)
@@ -216,14 +207,14 @@ def main(flags):
     device = choose_device(flags.device)
     precision = choose_precision(flags.precision, device)
     about = {"hardware": describe_hardware(device), "precision": precision, "commit": commit(), **versions()}
-    make_console().print(f"{about['hardware']}, {precision}, torch {about['torch']}, {platform.system()}", markup=False)
+    say(f"{about['hardware']}, {precision}, torch {about['torch']}, {platform.system()}")
     found = {"about": about}
     if flags.textbook:
         found["textbook"] = [compare_textbook(model, device, precision, flags.repeats) for model in flags.models]
         rows = [(r["model"], *(f"{statistics.median(r[k]):.1f}" for k in ("ours", "textbook")), f"{r['ratio']:.2f}")
                 for r in found["textbook"]]  # fmt: skip
-        print_table("One learner, 3 tasks x 2 epochs, batch 16, whole processes",
-                    ("network", "seconds", "textbook's", "ratio"), rows)  # fmt: skip
+        say("One learner, 3 tasks x 2 epochs, batch 16, whole processes")
+        print_table(["network", "seconds", "textbook's", "ratio"], rows)
     else:
         found["matrix_flop_per_s"] = measure_matrix_rate(device, precision)
         found["training"] = [measure_training(model, batch, device, precision, flags.seconds)
@@ -236,8 +227,8 @@ def main(flags):
             rows.append((r["model"], str(r["batch"]), f"{median:.2f}", f"{low:.2f} to {high:.2f}",
                          f"{r['rows_per_s']:,.0f}", f"{r['flop_per_s'] / 1e9:,.0f}", f"{100 * r['share']:.1f} %",
                          memory))  # fmt: skip
-        columns = ("network", "batch", "ms a step", "least to greatest", "rows/s", "GFLOP/s", "share", "MiB")
-        print_table(f"Training; matrix products reach {found['matrix_flop_per_s'] / 1e9:,.0f} GFLOP/s", columns, rows)
+        say(f"Training; matrix products reach {found['matrix_flop_per_s'] / 1e9:,.0f} GFLOP/s")
+        print_table(["network", "batch", "ms per step", "least to greatest", "rows/s", "GFLOP/s", "share", "MiB"], rows)
     if flags.json:
         Path(flags.json).write_text(json.dumps(found, indent=1) + "\n")
     return 0

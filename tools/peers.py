@@ -21,11 +21,14 @@ from torch.utils.data import DataLoader, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from multihead import finish, guard, name_batch, open_folder, prepare, require_finite
+from multihead import require_finite
 from net.build_net import build_net, set_dropout_generator
 from utils import metrics
-from utils.config import ConfigError, Settings, check, make_parser, make_settings
-from utils.logger import RunError, RunLog, task_names
+from utils.command import guard, name_batch
+from utils.config import Settings, add_multihead_flags, make_parser, make_settings
+from utils.config_files import ConfigError, check
+from utils.run import finish, open_run, prepare
+from utils.run_folder import RunError
 from utils.run_net import (
     derive_seed,
     forward,
@@ -58,8 +61,8 @@ def read_peers(argv=None):
     Raises:
         ConfigError: see `read_settings` in utils/config.py.
     """
-    p = make_parser("peers.py", "multihead")
-    p.description = "Run Avalanche's methods on the same tasks, rows, network and settings as ours."
+    p = make_parser("peers.py", "Run Avalanche's methods on the same tasks, rows, network and settings as ours.")
+    add_multihead_flags(p)
     p.add_argument("methods", nargs="+", metavar="METHOD", choices=METHODS, help=", ".join(METHODS))
     p.add_argument("--memory", type=int, help="rows that replay and agem store in all (default: every row)")
     p.add_argument("--ewc_lambda", type=float, default=1.0, help="weight of EWC's penalty (default: 1)")
@@ -99,7 +102,7 @@ class Conditions:
     def before_training_exp(self, strategy, **_):
         self.round += 1
         self.began = time.perf_counter()
-        self.log.start_round(self.round, self.settings.epochs)
+        self.log.start_round(self.round, self.settings.epochs, len(strategy.adapted_dataset))
 
     def before_training_epoch(self, strategy, **_):
         self.rows, self.loss_sum = 0, torch.zeros((), dtype=torch.float64, device=strategy.device)
@@ -115,9 +118,9 @@ class Conditions:
 
     def after_training_epoch(self, strategy, **_):
         epoch, loss = strategy.clock.train_exp_epochs, self.loss_sum.item() / self.rows
-        require_finite(loss, f"round {self.round}, epoch {epoch}: the training loss", self.lr)
-        self.log.log_epoch(self.round, self.settings.epochs, len(strategy.adapted_dataset), epoch=epoch,
-                           train_loss=loss, lr=self.lr, seconds=time.perf_counter() - self.began)  # fmt: skip
+        require_finite(loss, f"round {self.round + 1}, epoch {epoch + 1}: the training loss", self.lr)
+        self.log.log_epoch(self.round, epoch=epoch, train_loss=loss, lr=self.lr,
+                           seconds=time.perf_counter() - self.began)  # fmt: skip
 
 
 def wrap_net(net, train, augment, precision, generator):
@@ -248,19 +251,16 @@ def train_peer(settings, precision, train, test, log):
     model = wrap_net(net, train, settings.augment, precision, make_generator(seed, 0, "augment", device))
     strategy = make_strategy(settings, model, train, device, Conditions(settings, log))
     experiences = make_experiences(train)
-    names, matrix, rounds = task_names(settings.tasks, settings.names), [], []
+    matrix, rounds = [], []
     for k, tasks in enumerate([t] for t in range(num_tasks)) if settings.continual else [(0, list(range(num_tasks)))]:
         began = time.perf_counter()
         strategy.train([experiences[t] for t in tasks], eval_streams=[], reset_optimizer_state=True)
         seen = tasks[-1] + 1
-        accuracy = [evaluate(net, test, t, precision, f"round {k}") for t in range(seen)]
+        accuracy = [evaluate(net, test, t, precision, f"round {k + 1}") for t in range(seen)]
         seconds = time.perf_counter() - began
         matrix.append(accuracy + [None] * (num_tasks - seen))
         rounds.append({"tasks": tasks, "weights": [], "train_loss": [], "seconds": seconds})
-        mean = sum(accuracy) / seen
-        log.log_round(k, tasks=tasks, test_accuracy=mean, seconds=seconds)
-        log.print(f"{settings.method} {k + 1}/{settings.num_rounds}: {', '.join(names[t] for t in tasks)}: test "
-                  f"accuracy {100 * mean:.2f} % on {seen} task{'s' * (seen > 1)} seen, {seconds:.1f} s")  # fmt: skip
+        log.log_round(k, tasks=tasks, test_accuracy=sum(accuracy) / seen, seconds=seconds)
     cost = {"seconds": sum(r["seconds"] for r in rounds), "rows_trained": model.rows_trained,
             "parameters": sum(p.numel() for p in net.parameters()),
             "stored_rows": count_stored(strategy, train), "stored_numbers": count_numbers(strategy)}  # fmt: skip
@@ -270,20 +270,19 @@ def train_peer(settings, precision, train, test, log):
 def run(settings):
     """Train one method in its run folder and return its result; None where --resume finds it done."""
     device, precision, train, test = prepare(settings)
-    work = settings.epochs * len(train.labels)
-    with open_folder(settings, device, precision, train, test) as folder:
+    sizes = [(1, len(train.rows(t))) for t in range(len(train.classes))]
+    plan = sizes if settings.continual else [(len(sizes), len(train.labels))]
+    # Avalanche warns of its own parts, and of solvers that nothing here uses; it changes filters, hence `record`.
+    with (
+        open_run(settings, device, precision, train, test, plan) as (folder, log),
+        warnings.catch_warnings(record=True, action="ignore"),
+    ):
         if (folder / "result.json").exists():
-            print(f"{folder}: done already")
+            log.print(f"{folder}: done already")
             return None
-        # Avalanche warns of its own parts, and of solvers that nothing here uses; it changes filters, hence `record`.
-        with (
-            RunLog(folder, settings.num_rounds, work, settings.tensorboard) as log,
-            warnings.catch_warnings(record=True, action="ignore"),
-        ):
-            for k in range(settings.num_rounds):
-                log.forget(k)
-            matrix, rounds, cost = train_peer(settings, precision, train, test, log)
-        return finish(settings, device, precision, matrix, rounds, cost)
+        for k in range(settings.num_rounds):
+            log.forget(k)
+        return finish(settings, device, precision, *train_peer(settings, precision, train, test, log))
 
 
 def main(argv=None):

@@ -13,10 +13,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from multihead import guard
 from tools.report import FEWEST, measure, summarise
 from tools.runs import group_runs, read_runs
-from utils.config import ConfigError, Parser
+from utils.command import guard
+from utils.config import Parser
+from utils.config_files import ConfigError
 
 WIDTH = 7.2  # inches, of a page's text
 # Okabe and Ito's colours, which people with any colour vision tell apart; lines and bars differ in pattern as well.

@@ -21,13 +21,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich import box
 from rich.table import Table as RichTable
 from rich.text import Text
+from utils.logger import make_console
 
-from multihead import guard
 from tools.page import make_page
 from tools.runs import METRICS, differing, group_runs, read_runs, setting_text
 from utils import metrics
-from utils.config import ConfigError, Parser
-from utils.logger import make_console
+from utils.command import guard
+from utils.config import Parser
+from utils.config_files import ConfigError
 
 LEVEL = 0.95
 FEWEST = 3  # values from which an interval is given: that of two is too wide to say anything

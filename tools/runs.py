@@ -5,12 +5,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from modelzoo import WARM, Zoo, ensemble_log_probs
-from multihead import COST, learner_path, make_learner
+from modelzoo import Zoo, ensemble_log_probs
 from tools import peers
 from utils import metrics
-from utils.config import ConfigError, load_yaml
-from utils.logger import FREE, RunError, load_tensors, task_names
+from utils.config_files import ConfigError, load_yaml
+from utils.learner import COST, WARM, learner_path, make_learner
+from utils.log import task_names
+from utils.run_folder import FREE, RunError, load_tensors
 
 APART = (*FREE, "save_nets", "seed", "names")  # settings that may differ within a group
 DATA = ("dataset", "path", "size", "tasks")  # one setting here: which tasks

@@ -7,7 +7,6 @@ Every flag that is not the sweep's own (`--samples 20`) goes to every run. A run
 same run folder; one that is finished there is skipped, one that is not is gone on with. `--grid` reads the same from a
 YAML file with the keys methods, data_config, hp_config, seeds and flags; what the command line gives goes over it.
 """
-import contextlib
 import itertools
 import json
 import os
@@ -21,17 +20,18 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
-from rich import box  # noqa: E402
-from rich.live import Live  # noqa: E402
-from rich.table import Table  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 import modelzoo  # noqa: E402
 import multihead  # noqa: E402
 from datasets.build_dataset import load_splits  # noqa: E402
 from datasets.data import DataError  # noqa: E402
-from utils.cluster import connect, share_out  # noqa: E402
-from utils.config import ConfigError, Parser, check, check_shares, load_yaml, read_settings  # noqa: E402
-from utils.logger import FREE, RunError, make_console, write_file  # noqa: E402
+from utils.cluster import check_shares, connect, share_out  # noqa: E402
+from utils.command import guard  # noqa: E402
+from utils.config import Parser, read_settings  # noqa: E402
+from utils.config_files import ConfigError, check, load_yaml  # noqa: E402
+from utils.log import print_table, say  # noqa: E402
+from utils.run_folder import FREE, RunError, write_file  # noqa: E402
 
 METHODS = {
     "modelzoo": ("modelzoo",),
@@ -292,23 +292,14 @@ def progress_of(folder):
     return f"round {last['round'] + 1}" + (f", epoch {last['epoch'] + 1}" if "epoch" in last else "")
 
 
-def make_table(rows, live):
-    """A table of all runs; `live`: of those that have begun and are not done, for a terminal is only so high."""
-    states = ("done", "skipped", "failed", "waiting")
-    counts = {state: sum(row.state == state for row in rows) for state in states}
-    caption = ", ".join(f"{n} {'to do' if state == 'waiting' else state}" for state, n in counts.items() if n)
-    table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
-    for column in ("run", "state", "average accuracy %", "seconds", "node"):
-        number = column in ("average accuracy %", "seconds")
-        table.add_column(column, justify="right" if number else "left", overflow="fold")
-    for row in rows:
-        if live and row.state != "waiting":
-            continue
-        state = progress_of(row.folder) if live else row.state
-        if state:
-            table.add_row(row.folder.name, state, "" if row.accuracy is None else f"{100 * row.accuracy:.2f}",
-                          "" if row.seconds is None else f"{row.seconds:.1f}", row.node)  # fmt: skip
-    return table
+def print_rows(rows):
+    """Print a table of all runs, and how many ended how."""
+    print_table(["run", "average accuracy %", "seconds", "state", "node"], [
+        [row.folder.name, "" if row.accuracy is None else f"{100 * row.accuracy:.2f}",
+         "" if row.seconds is None else f"{row.seconds:.1f}", row.state, row.node] for row in rows
+    ])  # fmt: skip
+    counts = {state: sum(row.state == state for row in rows) for state in ("done", "skipped", "failed")}
+    say(", ".join(f"{n} {state}" for state, n in counts.items() if n))
 
 
 def sweep(argv):
@@ -330,29 +321,31 @@ def sweep(argv):
     shares = {device: share_out("run", flags.cpus_per_run, flags.gpus_per_run, device) for device in devices}
     rows = [Row(folder_of(settings)) for settings in runs]
     pending = submit(runs, rows, shares)
-    console = make_console()
-    terminal = console.is_terminal
+    terminal = sys.stdout.isatty()
     told = set()
-    with Live(console=console, transient=True) if terminal else contextlib.nullcontext() as live:
+    with tqdm(total=len(pending), unit="run", file=sys.stdout, disable=not terminal, leave=False,
+              dynamic_ncols=True) as bar:  # fmt: skip
         while True:
             for row in rows:
                 if row.state == "failed" and row.folder not in told:
                     told.add(row.folder)
-                    console.print(f"{row.folder}: {row.note}", markup=False, soft_wrap=True)
+                    say(f"{row.folder}: {row.note}")
             if not pending:
                 break
             ready, _ = ray.wait(list(pending), timeout=1 if terminal else None)
             for outcome in ready:
                 collect(outcome, *pending.pop(outcome))
-            if terminal:
-                live.update(make_table(rows, live=True))
-    console.print(make_table(rows, live=False))
+            bar.update(len(ready))
+            at_work = [f"{row.folder.name}: {progress}" for row, _ in pending.values()
+                       if terminal and (progress := progress_of(row.folder))]  # fmt: skip
+            bar.set_postfix_str("; ".join(at_work))
+    print_rows(rows)
     return rows
 
 
 def main(argv=None):
     """Run the command and return its exit status: 1 where a run failed, 2, after one line, where the grid is wrong."""
-    return multihead.guard("sweep.py", lambda: int(any(row.state == "failed" for row in sweep(argv))))
+    return guard("sweep.py", lambda: int(any(row.state == "failed" for row in sweep(argv))))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ import signal
 import warnings
 from pathlib import Path
 
-from utils.config import ConfigError
+from utils.config_files import ConfigError, check
+from utils.log import say
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,6 +35,7 @@ def connect(address):
     # Workers import this code from here, whatever folder they start in.
     code = {"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}}
     alone = {} if address else {"include_dashboard": False}
+    say(f"joining the Ray cluster at {address}" if address else "starting Ray on this machine, which takes some seconds")
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address or "local", runtime_env=code, log_to_driver=False, logging_level=logging.ERROR, **alone)
@@ -74,3 +76,20 @@ def share_out(what, cpus, gpus, device):
         raise ConfigError(f"--cpus_per_{what} {cpus:g}, --gpus_per_{what} {gpus:g}: no node has as much; "
                           f"the largest have {most[0]:g} and {most[1]:g}")  # fmt: skip
     return {"num_cpus": cpus, "num_gpus": gpus}, "cpu" if device == "auto" and not gpus else device, slots
+
+
+def check_shares(what, cpus, gpus, device):
+    """Refuse shares of a machine that Ray would not grant to a `what` (trial, run), or that contradict `device`.
+
+    Raises:
+        ConfigError: the line names the flag.
+    """
+    check(f"--cpus_per_{what}", cpus, float, above=0, high=10**4)
+    for name, share in (("cpus", cpus), ("gpus", gpus or 0.0)):
+        check(f"--{name}_per_{what}", share, float, 0, 10**4)
+        if share > 1 and share != int(share):
+            raise ConfigError(f"--{name}_per_{what}: {share} must be a whole number where it is above 1")
+    if gpus == 0 and device.startswith("cuda"):
+        raise ConfigError(f"--gpus_per_{what} 0 contradicts --device {device}")
+    if gpus and device == "cpu":
+        raise ConfigError(f"--gpus_per_{what} {gpus} contradicts --device cpu")

@@ -3,13 +3,10 @@ import contextlib
 import ctypes
 import hashlib
 import math
-import warnings
 
 import torch
 from torch.nn import functional as F
 from torch.optim.sgd import sgd
-
-from utils.config import ConfigError
 
 PAD = 4  # pixels of zeros around an image before it is cropped at random
 # Of the inputs' full range, whatever the data: their own statistics would leak information about tasks not yet seen.
@@ -29,45 +26,6 @@ def derive_seed(seed, round, purpose):
 def make_generator(seed, round, purpose, device="cpu"):
     """The generator of one purpose in one round; nothing here uses torch's global one."""
     return torch.Generator(device).manual_seed(derive_seed(seed, round, purpose))
-
-
-def choose_device(device):
-    """The torch device of `--device`: auto is CUDA if there, else the CPU. A CUDA device becomes the current one.
-
-    Raises:
-        ConfigError: a CUDA device that is not there, or cannot be used.
-    """
-    count = torch.cuda.device_count()
-    with warnings.catch_warnings(action="ignore"):
-        usable = torch.cuda.is_available()
-    if count and not usable and device != "cpu":
-        raise ConfigError(f"--device: {device} finds a GPU, but CUDA does not start; its driver may be too old for "
-                          f"torch {torch.__version__}; cpu always works")  # fmt: skip
-    if device == "auto":
-        device = "cuda" if count else "cpu"
-    device = torch.device(device)
-    if device.type == "cuda":
-        if (device.index or 0) >= count:
-            raise ConfigError(f"--device: {device} is not there: torch sees {count} CUDA devices; cpu always works")
-        device = torch.device("cuda", device.index or 0)
-        torch.cuda.set_device(device)  # streams and graphs are made on the current one
-    return device
-
-
-def choose_precision(precision, device):
-    """The precision of the backbone, fp32, bf16 or fp16: auto is bf16 on GPUs and CPUs that multiply it, else fp32.
-
-    Raises:
-        ConfigError: fp16 on a CPU, which has no use for it.
-    """
-    if precision == "fp16" and device.type == "cpu":
-        raise ConfigError("--precision: fp16 needs a CUDA device; on a CPU take fp32 or bf16")
-    if precision == "auto":
-        # Emulated, bfloat16 is slower than float32.
-        if device.type == "cuda":
-            return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-        return "bf16" if torch.cpu.get_capabilities().get("avx512_bf16", False) else "fp32"
-    return precision
 
 
 def normalise(images):
@@ -193,7 +151,7 @@ def keep_freed_memory():
 
 
 def train_net(net, images, rows, heads, labels, *, epochs, batch, lr, l2_reg, schedule, augment, flip, precision,
-              generators, start=None):
+              generators, start=None, watch=None):
     """Train `net`, an epoch each time the caller asks for the next one.
 
     Stochastic gradient descent with Nesterov momentum 0.9 and weight decay on all parameters, one update a step, on
@@ -210,6 +168,8 @@ def train_net(net, images, rows, heads, labels, *, epochs, batch, lr, l2_reg, sc
         precision: fp32, bf16 or fp16, of the backbone alone.
         generators: "shuffle", "augment" and "dropout" (the last is drawn from inside the net), on the data's device.
         start: what `snapshot` returned, its tensors on the CPU, to go on from there (None: from the beginning).
+        watch: what an epoch's batches go through, (batches, loss_sum) -> batches, to show them; loss_sum is the loss
+            summed over the rows so far, on the device (None: nobody watches).
 
     Yields:
         After each epoch (values, snapshot): dict(epoch, train_loss, train_accuracy, lr), counted from 0, means over the
@@ -262,7 +222,8 @@ def train_net(net, images, rows, heads, labels, *, epochs, batch, lr, l2_reg, sc
         loss_sum.zero_()
         correct.zero_()
         net.train()  # between epochs the caller may have had it predict
-        for i in torch.randperm(len(rows), generator=generators["shuffle"], device=device).split(batch):
+        batches = torch.randperm(len(rows), generator=generators["shuffle"], device=device).split(batch)
+        for i in watch(batches, loss_sum) if watch else batches:
             rate.fill_(now := learning_rate(schedule, lr, step, steps))
             (take_full_step if len(i) == batch else take_step)(i)
             step += 1

@@ -1,0 +1,71 @@
+"""A command from its start to its exit status: settings, signals, and one line for whatever goes wrong."""
+import contextlib
+import signal
+import sys
+
+import torch
+
+from datasets.data import DataError
+from utils.config import read_settings
+from utils.config_files import ConfigError
+from utils.run_folder import RunError
+
+
+class Stopped(BaseException):
+    """A signal asks this process to end."""
+
+
+def _stop(number, _):
+    for signal_number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signal_number, signal.SIG_DFL)  # a second one ends the process whatever it does
+    raise Stopped(number)
+
+
+def guard(prog, work):
+    """Do `work`, a function without arguments, and return the exit status.
+
+    What it returns, or 0; 2, after one line, where the user must mend something; 128 + n after signal n, which loses at
+    most the learner in training.
+    """
+    before = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a task's name may have letters that the terminal lacks
+    try:
+        return work() or 0
+    except (ConfigError, DataError, RunError) as e:
+        line, status = str(e), 2
+    except OSError as e:
+        line, status = f"{e.filename or 'output'}: cannot be read or written ({e.strerror})", 2
+    except Stopped as e:
+        number = signal.Signals(e.args[0])
+        line, status = f"stopped by {number.name}; the same command with --resume goes on", 128 + number
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    # File and class names may hold line ends and worse, and be of any length.
+    print("".join(c if c.isprintable() else " " for c in f"{prog}: {line}"[:900]), file=sys.stderr)
+    return status
+
+
+@contextlib.contextmanager
+def name_batch(settings):
+    """Where memory runs out inside, on whichever device, raise a `RunError` that names the batch size."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as e:
+        # A CPU's allocator raises a plain RuntimeError.
+        if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e):
+            raise RunError(f"{settings.device}: too little memory with batch {settings.batch}; try less") from e
+        raise
+
+
+def command(prog, method, run, argv=None):
+    """Read the settings of one command, run it, and return the exit status as `guard` does."""
+
+    def work():
+        settings = read_settings(prog, method, argv)
+        with name_batch(settings):
+            run(settings)
+
+    return guard(prog, work)

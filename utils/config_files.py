@@ -1,0 +1,236 @@
+"""The two YAML files of a run, read and checked: the dataset file and the hyper-parameter file."""
+import math
+import re
+import reprlib
+from pathlib import Path
+
+import yaml
+
+
+class ConfigError(Exception):
+    """A mistake in a flag or in a config file, told in one line that names it."""
+
+
+# Datasets and how many labels each has: a task's labels are 0 .. n-1, or whatever the files hold (None).
+DATASETS = {
+    "cifar100": 200,  # label + 100 is the same class with randomised training labels
+    "cifar10": 10,
+    "mnist": 10,
+    "rotated_mnist": 360,  # 10x + y: digit y rotated by 10x degrees
+    "permuted_mnist": 10_000,  # 10x + y: digit y, pixels permuted by seed 1000x
+    "mini_imagenet": 100,
+    "digits": 10,
+    "rotated_digits": 360,
+    "npz": None,
+    "image_folder": None,
+}
+ALIASES = {"rotmnist": "rotated_mnist", "permnist": "permuted_mnist"}
+DATASET_KEYS = {"npz": ("path",), "image_folder": ("path", "size")}  # beyond dataset, tasks and names
+MODELS = ("conv", "wrn16_4", "wrn28_10")
+SCHEDULES = ("cosine", "constant")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+# The values that a hyper-parameter key may have, as `check` takes them.
+RANGES = {
+    "batch": {"kind": int, "low": 1, "high": 10**6},
+    "lr": {"kind": float, "above": 0, "below": math.inf},
+    "l2_reg": {"kind": float, "low": 0, "below": math.inf},
+    "dropout": {"kind": float, "low": 0, "below": 1},
+}
+# What a search tries where a hyper-parameter file's `search:` says nothing else: one of some values, or a number
+# between two ends, uniformly or on a logarithmic scale.
+SPACE = {
+    "batch": ("choice", (8, 16, 32, 128)),
+    "lr": ("log", (1e-4, 1e-1)),
+    "l2_reg": ("log", (1e-6, 1e-2)),
+    "dropout": ("uniform", (0.1, 0.5)),
+}
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which 1e-5 is a number, as in YAML 1.2, and a repeated key is an error."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not a word", node.start_mark)
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+# Numbers as in YAML 1.2: 1e-5 is one; 010 and 1:30, which YAML 1.1 takes for 8 and 90, are not.
+_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in forms if tag not in (_INT, _FLOAT)]
+    for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_NUMBER = r"[-+]?((0|[1-9][0-9]*)\.[0-9]*|\.[0-9]+|(0|[1-9][0-9]*)(?=[eE]))([eE][-+]?[0-9]+)?$"
+_Loader.add_implicit_resolver(_INT, re.compile(r"[-+]?(0|[1-9][0-9]*)$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(_FLOAT, re.compile(_NUMBER + r"|[-+]?\.inf$|\.nan$"), list("-+.0123456789"))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the texts that `_Loader` would take for something else, such as 1e-3, or YAML 1.1, such as 010."""
+
+    yaml_implicit_resolvers = {
+        first: yaml.SafeDumper.yaml_implicit_resolvers.get(first, []) + forms
+        for first, forms in _Loader.yaml_implicit_resolvers.items()
+    }
+
+
+def dump_yaml(value, **layout):
+    """The YAML text from which `load_yaml` reads `value`, a dict of plain values; `layout` is as for `yaml.dump`."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, **layout)
+
+
+def load_yaml(path):
+    """Read a YAML file that holds one mapping with words as keys.
+
+    Raises:
+        ConfigError: no such file, not readable, not YAML, or not a mapping.
+    """
+    try:
+        value = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as e:
+        raise ConfigError(f"{path}: cannot be read ({e.strerror})") from e
+    except yaml.MarkedYAMLError as e:
+        where = f" at line {e.problem_mark.line + 1}" if e.problem_mark else ""
+        raise ConfigError(f"{path}: not a valid YAML file{where}: {one_line(e.problem)}") from e
+    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as e:
+        raise ConfigError(f"{path}: not a valid YAML file: {one_line(e)}") from e
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: must hold keys and values, such as 'batch: 16'")
+    return value
+
+
+def one_line(text, limit=200):
+    return " ".join(str(text).split())[:limit]
+
+
+def check(where, value, kind, low=-math.inf, high=math.inf, *, above=-math.inf, below=math.inf, choices=None):
+    """Return `value` as `kind` (int, float, bool or str) if it is one and lies in low..high, above < value < below.
+
+    Raises:
+        ConfigError: it does not; the line opens with `where` (a file and key, or a flag).
+    """
+    if choices is not None:
+        if not (isinstance(value, str) and value in choices):
+            raise ConfigError(f"{where}: {reprlib.repr(value)} is not one of {', '.join(choices)}")
+        return value
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    fits = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+    if not fits:
+        raise ConfigError(f"{where}: {reprlib.repr(value)} is not {words[kind]}")
+    try:
+        value = kind(value)
+    except OverflowError:  # a whole number of over 308 digits, where a float is due
+        value = math.inf
+    if kind in (int, float) and not (low <= value <= high and above < value < below):
+        bounds = [f"at least {low}"] * (low > -math.inf) + [f"above {above}"] * (above > -math.inf)
+        bounds += [f"at most {high}"] * (high < math.inf) + [f"below {below}"] * (below < math.inf)
+        raise ConfigError(f"{where}: {one_line(value)} must be {' and '.join(bounds)}")
+    return value
+
+
+def check_keys(file, found, required, optional=()):
+    known = (*required, *optional)
+    for key in found:
+        if key not in known:
+            raise ConfigError(f"{file}: unknown key {one_line(key)}; the keys are {', '.join(known)}")
+    for key in required:
+        if key not in found:
+            raise ConfigError(f"{file}: key {key} is missing")
+
+
+def read_dataset(file):
+    """Read a dataset file: dict with dataset (no alias), tasks, names, path and size (None where they do not apply).
+
+    Raises:
+        ConfigError: an unknown or missing key, or a value that cannot be right.
+    """
+    found = load_yaml(file)
+    name = None
+    if "dataset" in found:
+        name = check(f"{file}: dataset", found["dataset"], str, choices=(*DATASETS, *ALIASES))
+        name = ALIASES.get(name, name)
+    extra = DATASET_KEYS.get(name, ())
+    check_keys(file, found, ("dataset", "tasks", *extra), ("names",))
+    tasks, names = found["tasks"], found.get("names")
+    if not isinstance(tasks, list) or not tasks:
+        raise ConfigError(f"{file}: tasks: must be a list of tasks, each a list of labels, such as [[0, 1], [2, 3]]")
+    for i, task in enumerate(tasks):
+        where = f"{file}: tasks: task {i} (counted from 0)"
+        if not isinstance(task, list) or len(task) < 2:
+            raise ConfigError(f"{where}: must be a list of at least two labels")
+        for label in task:
+            if name == "image_folder" and isinstance(label, str):
+                continue
+            top = DATASETS[name]
+            check(f"{where}: label", label, int, 0, 2**31 if top is None else top - 1)
+        repeated = next((label for label in task if task.count(label) > 1), None)
+        if repeated is not None:
+            raise ConfigError(f"{where}: label {repeated} is there twice")
+    if names is not None:
+        if not isinstance(names, list) or len(names) != len(tasks):
+            raise ConfigError(f"{file}: names: must be a list of {len(tasks)} names, one a task")
+        names = tuple(check(f"{file}: names: name {i}", n, str) for i, n in enumerate(names))
+        repeated = next((n for n in names if names.count(n) > 1), None)
+        if repeated is not None:
+            raise ConfigError(f"{file}: names: {reprlib.repr(repeated)} is there twice")
+        odd = next((name for name in names if not name.isprintable()), None)
+        if odd is not None:
+            raise ConfigError(f"{file}: names: {reprlib.repr(odd)} cannot be printed on one line")
+    path = check(f"{file}: path", found["path"], str) if "path" in extra else None
+    size = check(f"{file}: size", found["size"], int, 8, 1024) if "size" in extra else None
+    return {"dataset": name, "tasks": tuple(map(tuple, tasks)), "names": names, "path": path, "size": size}
+
+
+def read_space(file):
+    """Read the space that a search tries: `SPACE`, changed by what the hyper-parameter file's `search:` says.
+
+    Raises:
+        ConfigError: see `read_hyperparam`.
+    """
+    found = load_yaml(file).get("search", {})
+    if not isinstance(found, dict):
+        raise ConfigError(f"{file}: search: must hold keys, each with what to try, such as 'lr: {{log: [1e-4, 1e-1]}}'")
+    check_keys(f"{file}: search", found, (), SPACE)
+    space = dict(SPACE)
+    for key, entry in found.items():
+        where = f"{file}: search: {key}"
+        hows = ("choice",) if key == "batch" else ("choice", "log", "uniform")
+        if not isinstance(entry, dict) or len(entry) != 1 or next(iter(entry)) not in hows:
+            raise ConfigError(f"{where}: must hold one of {', '.join(hows)}, such as '{{{hows[-1]}: [16, 32]}}'")
+        ((how, values),) = entry.items()
+        if not isinstance(values, list) or not values or how != "choice" and len(values) != 2:
+            raise ConfigError(f"{where}: {how}: must be a list of {'values' if how == 'choice' else 'two ends'}")
+        values = tuple(check(f"{where}: {how}", value, **RANGES[key]) for value in values)
+        if how != "choice" and not values[0] < values[1]:
+            raise ConfigError(f"{where}: {how}: {values[0]} must be below {values[1]}")
+        if how == "log" and values[0] == 0:
+            raise ConfigError(f"{where}: log: 0 has no logarithm; 'uniform' can begin there")
+        space[key] = (how, values)
+    return space
+
+
+def read_hyperparam(file, epochs=None):
+    """Read a hyper-parameter file: dict with every training setting; `epochs` (the flag) goes over the file's.
+
+    Raises:
+        ConfigError: an unknown or missing key, or a value that cannot be right.
+    """
+    found = load_yaml(file)
+    check_keys(file, found, ("model", *RANGES), ("epochs", "schedule", "augment", "search"))
+    read_space(file)
+    if epochs is None:
+        epochs = check(f"{file}: epochs", found.get("epochs", 100), int, 1, 10**6)
+    augment = check(f"{file}: augment", found.get("augment", True), bool)
+    return {
+        "model": check(f"{file}: model", found["model"], str, choices=MODELS),
+        **{key: check(f"{file}: {key}", found[key], **values) for key, values in RANGES.items()},
+        "epochs": epochs,
+        "schedule": check(f"{file}: schedule", found.get("schedule", "cosine"), str, choices=SCHEDULES),
+        "augment": augment and epochs > 1,
+    }

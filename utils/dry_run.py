@@ -1,0 +1,79 @@
+"""--dry_run: what a run would take, from two timed batches of each size that it will have; nothing is written."""
+import statistics
+import time
+
+import torch
+
+from net.build_net import build_net, set_dropout_generator
+from utils.log import say
+from utils.run import count, count_parameters, describe, find_run
+from utils.run_net import derive_seed, make_generator, predict_logits, train_net
+
+
+def estimate(settings, device, precision, train, test, plan):
+    """Print what the run would train, its time and its memory. Arguments as of `open_run`.
+
+    Raises:
+        ConfigError, RunError: see `find_run`: the run itself would be refused.
+    """
+    _, _, found = find_run(settings, device, precision, train, test)
+    for line in describe(settings, device, precision, train, plan):
+        say(line)
+    batch, epochs = settings.batch, settings.epochs
+    sizes = {size for _, rows in plan for size in (min(batch, rows), rows % batch) if size}
+    most = max(n for n, _ in plan)
+    net = build_net(settings.model, train.images.shape[1:], train.classes[:most], settings.dropout,
+                    derive_seed(settings.seed, 0, "init")).to(device)  # fmt: skip
+    step = {size: time_step(net, settings, precision, train, most, size) for size in sorted(sizes)}
+    per_row = time_prediction(net, precision, train)
+
+    rows_per_task = (len(train.labels) + len(test.labels)) / len(train.classes)
+    seconds = [epochs * (rows // batch * step.get(batch, 0) + (step[rows % batch] if rows % batch else 0))
+               + n * rows_per_task * per_row for n, rows in plan]  # fmt: skip
+    left = sum(seconds[found:])
+    steps = epochs * sum(-(-rows // batch) for _, rows in plan)
+    logits = sum(n for n, _ in plan) * rows_per_task * statistics.mean(train.classes) * 4
+    nets = count_parameters(settings.model, train.images.shape[1:], train.classes[:most], settings.dropout) * 4
+    files = logits + nets * len(plan) * settings.save_nets
+    images = sum(data.images.numel() for data in (train, test))
+    timed = f"{1000 * step[max(step)]:.1f} ms per batch of {max(step)}"
+    say(f"dry run, nothing written: {epochs * sum(rows for _, rows in plan):,} rows in {steps:,} steps, "
+        f"about {clock(statistics.mean(seconds))} per round ({clock(min(seconds))} to {clock(max(seconds))}), "
+        f"{clock(left)} in all{' that is left' * bool(found)} ({timed}); images {images / 1e6:.1f} MB, learners' files "
+        f"{files / 1e6:.1f} MB; {count(found, 'round')} of {settings.num_rounds} found")  # fmt: skip
+
+
+def time_step(net, settings, precision, train, most, size):
+    """Seconds of a training step on `size` rows of the first `most` tasks: of two, after as many as warm it up."""
+    device = train.images.device
+    ends = torch.tensor(train.starts[1 : most + 1], device=device)
+    rows = torch.arange(2 * size, device=device) % train.starts[most]
+    heads = torch.bucketize(rows, ends, right=True)
+    generators = {key: make_generator(0, 0, key, device) for key in ("shuffle", "augment", "dropout")}
+    set_dropout_generator(net, generators["dropout"])
+    warm = 4 if device.type == "cuda" else 1  # a GPU captures its fourth step
+    epochs = train_net(net, train.images, rows, heads, train.labels[rows], epochs=warm + 1, batch=size, lr=settings.lr,
+                       l2_reg=settings.l2_reg, schedule=settings.schedule, augment=settings.augment, flip=train.flip,
+                       precision=precision, generators=generators)  # fmt: skip
+    for _ in range(warm):
+        next(epochs)
+    start = time.perf_counter()
+    next(epochs)  # ends by reading the losses, and so waits for the device
+    return (time.perf_counter() - start) / 2
+
+
+def time_prediction(net, precision, train, n=256):
+    """Seconds per row of predicting, as a learner does once it is trained."""
+    rows = train.rows(0)[:n]
+    for _ in range(2):  # the first one warms up
+        start = time.perf_counter()
+        predict_logits(net, train.images, rows, 0, train.classes[0], precision).sum().item()
+    return (time.perf_counter() - start) / len(rows)
+
+
+def clock(seconds):
+    """A time in words: 0.4 s, 12 s, 3 min, 2 h 5 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,200 @@
+"""A run from its settings to its result: prepared before anything is written, opened, finished."""
+import contextlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from datasets.build_dataset import build_dataset
+from datasets.data import checksum
+from net.build_net import build_net
+from utils import metrics
+from utils.config_files import ConfigError
+from utils.device import choose_device, choose_precision, describe_hardware
+from utils.learner import learner_path, load_run
+from utils.log import RunLog, print_result, say, task_names
+from utils.run_folder import FREE, check_folder, load_tensors, open_folder, save_tensors, versions, write_file
+from utils.run_net import make_generator
+
+
+def prepare(settings, loaded=None):
+    """Choose the device, load the data onto it, and refuse what cannot work, before anything is written.
+
+    Args:
+        settings: the run's.
+        loaded: as for `build_dataset`.
+
+    Returns:
+        device, precision (fp32, bf16 or fp16), and train and test, `TaskData` on the device.
+
+    Raises:
+        ConfigError: no such device, or images too small for the model.
+        DataError: see `build_dataset`.
+    """
+    device = choose_device(settings.device)
+    precision = choose_precision(settings.precision, device)
+    generator = make_generator(settings.seed, 0, "data")
+    train, test = build_dataset(settings.dataset, settings.tasks, settings.data_dir, generator, settings.samples,
+                                settings.path, settings.size, loaded)  # fmt: skip
+    try:
+        build_net(settings.model, train.images.shape[1:], train.classes[:1], settings.dropout, seed=0)
+    except ValueError as e:
+        size = " x ".join(map(str, train.images.shape[2:]))
+        raise ConfigError(f"{settings.hp_config}: {e}; those of {settings.data_config} have {size}") from e
+    return device, precision, train.to(device), test.to(device)
+
+
+def record(settings, device, precision):
+    """The settings as JSON and YAML know them, with the device and the precision that auto stood for."""
+    return json.loads(json.dumps(asdict(settings) | {"device": device.type, "precision": precision}))
+
+
+def count_parameters(model, image_shape, classes, dropout):
+    """Numbers that a network with these heads learns; it is not made for that."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in build_net(model, image_shape, classes, dropout, seed=0).parameters())
+
+
+def find_run(settings, device, precision, train, test):
+    """Where the run folder is and whether this run may write it; nothing is written.
+
+    Returns:
+        folder: its path.
+        about: what its config.yaml says of the settings; a checksum of the data, too, so that a run is never gone on
+            with on others.
+        found: rounds whose learners are there.
+
+    Raises:
+        ConfigError, RunError: see `check_folder`.
+    """
+    folder = Path(settings.out) / settings.name
+    about = record(settings, device, precision) | {"data": checksum(train, test)}
+    check_folder(folder, about, settings.resume)
+    return folder, about, sum(learner_path(folder, k).exists() for k in range(settings.num_rounds))
+
+
+def describe(settings, device, precision, train, plan):
+    """A run in two lines: what it trains, and on what. Arguments as of `open_run`."""
+    kind = {"modelzoo": "Model Zoo, " + ("continual" if settings.continual else "multi-task: all tasks are known"),
+            "multihead": "Multi-Head, joint training on all tasks"}.get(settings.method, settings.method)  # fmt: skip
+    most, epochs = max(n for n, _ in plan), settings.epochs
+    parameters = count_parameters(settings.model, train.images.shape[1:], train.classes[:most], settings.dropout)
+    rounds = f"{settings.num_rounds} rounds, {most} tasks per learner at most" if len(plan) > 1 else "1 learner"
+    threads = torch.get_num_threads()
+    return [
+        f"{kind}: {count(len(train.classes), 'task')}, {rounds}, {sum(rows for _, rows in plan) * epochs:,} rows to "
+        f"train on ({count(epochs, 'epoch')}), {settings.model} with {parameters:,} parameters per learner",
+        f"{device}, {precision}, {count(threads, 'thread')}; run folder {Path(settings.out) / settings.name}",
+    ]  # fmt: skip
+
+
+def count(n, noun):
+    """"1 task", "2 tasks"."""
+    return f"{n} {noun}{'s' * (n != 1)}"
+
+
+@contextlib.contextmanager
+def open_run(settings, device, precision, train, test, plan):
+    """Hold the run folder as its only writer, and yield its path and the run's `RunLog`.
+
+    The test labels lie in it, so that a new metric, or an ensemble of runs, needs run folders alone.
+
+    Args:
+        settings: the run's.
+        device, precision, train, test: see `prepare`.
+        plan: of each learner the number of its tasks and the rows that it trains on in an epoch, about.
+
+    Raises:
+        ConfigError, RunError: see `open_folder`.
+    """
+    folder, about, found = find_run(settings, device, precision, train, test)
+    first, second = describe(settings, device, precision, train, plan)
+    with open_folder(folder, about, settings.resume, describe_hardware(device)):
+        try:
+            load_tensors(folder / "test_labels.pt", "cpu")
+        except (FileNotFoundError, ValueError):  # not yet there, or damaged
+            labels = [test.labels[test.rows(t)].cpu() for t in range(len(settings.tasks))]
+            save_tensors(folder / "test_labels.pt", labels)
+        copied = copy_learners(settings.extend, folder) if settings.extend else 0
+        say(first)
+        say(second + f"; {found} of {settings.num_rounds} rounds found" * settings.resume
+            + f"; {copied} rounds come from {settings.extend}" * bool(settings.extend))  # fmt: skip
+        work = settings.epochs * sum(rows for _, rows in plan)
+        names = task_names(settings.tasks, settings.names)
+        with RunLog(folder, settings.num_rounds, work, settings.tensorboard, names, settings.continual) as log:
+            yield folder, log
+
+
+def check_extension(settings, device, precision, train, test):
+    """Whether the learners of the run folder `settings.extend` are those that this run would begin with.
+
+    Args:
+        settings: this run's.
+        device, precision, train, test: see `prepare`.
+
+    Returns:
+        A tuple of tasks for each of its learners; none where nothing is extended.
+
+    Raises:
+        ConfigError: they are not: other settings, other data, tasks that do not come first here; or a damaged file.
+    """
+    if settings.extend is None:
+        return []
+    folder, mine = Path(settings.extend), record(settings, device, precision)
+    theirs, _, learners, nets = load_run(folder, "cpu")
+    n = len(theirs["tasks"])
+    # A precision and a device may change on the way.
+    apart = (*FREE, "num_rounds", "device", "precision", "data", "names", "save_nets")
+    now = mine | {"tasks": mine["tasks"][:n], "tasks_per_round": min(mine["tasks_per_round"], n)}
+    for key in now:
+        if key not in apart and now[key] != theirs.get(key):
+            what = f"the first {n} tasks are" if key == "tasks" else f"{key} is {now[key]!r:.40}"
+            was = "other tasks" if key == "tasks" else f"{theirs.get(key)!r:.40}"
+            raise ConfigError(f"--extend: {what} not as in {folder}, which was run with {was}")
+    if settings.save_nets and None in nets:
+        raise ConfigError(f"--save_nets: {folder} kept no networks, so the run that extends it cannot keep all")
+    if checksum(train.first(n), test.first(n)) != theirs.get("data"):
+        raise ConfigError(f"--extend: the data of the first {n} tasks are not those that {folder} was run on")
+    if len(learners) > settings.num_rounds:
+        raise ConfigError(f"--extend: {folder} holds {len(learners)} learners; --num_rounds must be at least that")
+    return [learner.tasks for learner in learners]
+
+
+def copy_learners(source, folder):
+    """Copy the learners of the run folder `source` that `folder` does not have yet; return how many `source` has."""
+    copied = 0
+    while (path := learner_path(Path(source), copied)).exists():
+        if not learner_path(folder, copied).exists():
+            write_file(learner_path(folder, copied), path.read_bytes())
+        copied += 1
+    return copied
+
+
+def finish(settings, device, precision, matrix, rounds, cost):
+    """Write result.json, the last file, print and return it; docs/run_folder.md defines its keys.
+
+    Args:
+        settings, device, precision: see `open_run`.
+        matrix: [rounds][tasks] test accuracy after each round, None where a task is not yet seen.
+        rounds: a dict per round: tasks, weights, train_loss, seconds.
+        cost: seconds, rows_trained, parameters, stored_rows and whatever else the method keeps.
+    """
+    result = {
+        "method": settings.method,
+        "average_accuracy": metrics.average_accuracy(matrix),
+        "accuracy": matrix[-1],
+        "accuracy_matrix": matrix,
+        "learning_accuracy": metrics.learning_accuracy(matrix) if settings.continual else None,
+        "forgetting": metrics.forgetting(matrix) if settings.continual else None,
+        "backward_transfer": metrics.backward_transfer(matrix) if settings.continual else None,
+        "rounds": rounds,
+        "classes": [list(task) for task in settings.tasks[: len(matrix[-1])]],
+        "config": record(settings, device, precision),
+        "versions": versions(),
+        **cost,
+    }
+    folder = Path(settings.out) / settings.name
+    write_file(folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())
+    print_result(result, task_names(settings.tasks, settings.names), folder)
+    return result

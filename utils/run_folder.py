@@ -1,0 +1,188 @@
+"""The run folder: files that are whole or not there, one writer, settings that a resumed run has to share."""
+import contextlib
+import hashlib
+import io
+import os
+import platform
+import reprlib
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+
+from utils.config_files import ConfigError, dump_yaml, load_yaml
+
+# Settings that may change when a run is resumed: those that decide nothing, and files, which count by what they say.
+FREE = ("resume", "dry_run", "out", "name", "data_dir", "tensorboard", "extend", "data_config", "hp_config")
+SEAL = b"sha256:"  # a tensor file ends in this and the checksum of all before it
+
+
+class RunError(Exception):
+    """A run that cannot go on, told in one line that says what is safe and what to try."""
+
+
+def write_file(path, data):
+    """Write bytes to `path` so that it holds all of them or is as it was: temporary name, flush to disk, rename.
+
+    Raises:
+        RunError: the disk is full, the folder read-only or gone.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name itself
+        finally:
+            os.close(folder)
+    except OSError as e:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise RunError(f"{path}: cannot be written ({e.strerror}); what was written before it is safe") from e
+
+
+def save_tensors(path, tree):
+    """Write dicts, lists, numbers, texts and tensors to `path`, as `write_file` does, sealed with a checksum.
+
+    Raises:
+        RunError: see `write_file`.
+    """
+    buffer = io.BytesIO()
+    torch.save(tree, buffer)
+    data = buffer.getvalue()
+    write_file(path, data + SEAL + hashlib.sha256(data).digest())
+
+
+def load_tensors(path, device):
+    """Read what `save_tensors` wrote, onto `device`; nothing in the file is executed.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: damaged, or not such a file.
+    """
+    data, seal, digest = path.read_bytes().rpartition(SEAL)
+    if not seal or hashlib.sha256(data).digest() != digest:
+        raise ValueError("damaged")
+    try:
+        return torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise  # the file is whole
+    except Exception as e:  # whole, but of another program: torch raises nearly anything on it
+        raise ValueError("not a learner's file") from e
+
+
+def load_whole(path, device, log):
+    """What `save_tensors` wrote to `path`; None where there is none or, reported and set aside, a damaged one.
+
+    Raises:
+        RunError: the file is there and cannot be read, or not be renamed.
+    """
+    try:
+        return load_tensors(path, device)
+    except FileNotFoundError:
+        return None
+    except OSError as e:
+        raise RunError(f"{path}: cannot be read ({e.strerror})") from e
+    except ValueError as e:
+        set_aside(path, e, log)
+        return None
+
+
+def set_aside(path, why, log):
+    """Rename a file that cannot be used, and say so and why; a `RunError` where the disk refuses."""
+    aside = path.with_name(f"{path.name}.damaged")
+    try:
+        path.replace(aside)
+    except OSError as e:
+        raise RunError(f"{path}: {why}, and cannot be renamed ({e.strerror})") from e
+    log.print(f"{path}: {why}; kept as {aside.name}, trained again")
+
+
+def check_folder(folder, settings, resume, inside="learners"):
+    """Refuse a run folder that this run may not write; arguments as of `open_folder`. Nothing is written.
+
+    Returns:
+        Whether there is a run to go on with.
+
+    Raises:
+        ConfigError: the folder is there and `resume` is not given, it is not a run's, or its settings differ.
+        RunError: it cannot be read.
+    """
+    config, made_here = folder / "config.yaml", {"lock", inside, ".config.yaml.part"}
+    try:
+        if os.path.lexists(folder) and not (resume and folder.is_dir()):
+            way = "it is not a run folder; take" if resume else "--resume goes on with it, or take"
+            raise ConfigError(f"{folder} is there already: {way} another --name or --out")
+        if config.exists():
+            _compare_settings(folder, settings, load_yaml(config).get("settings"))
+        elif folder.exists() and not {p.name for p in folder.iterdir()} <= made_here:
+            raise ConfigError(f"{folder} is not a run folder: it has no config.yaml; take another --name")
+        return config.exists()
+    except OSError as e:
+        raise RunError(f"{folder}: cannot be read ({e.strerror})") from e
+
+
+@contextlib.contextmanager
+def open_folder(folder, settings, resume, hardware, inside="learners"):
+    """Hold a run folder as its only writer: make it and its config.yaml, or go on with one of the same settings.
+
+    Args:
+        folder: path of the run folder.
+        settings: what decides the run, as plain values.
+        resume: whether an existing folder is to be gone on with.
+        hardware: what the run computes on, in words.
+        inside: name of the folder in it that holds what is trained.
+
+    Raises:
+        ConfigError: see `check_folder`; or another process is writing it.
+        RunError: the folder cannot be written.
+    """
+    check_folder(folder, settings, resume, inside)
+    lock = FileLock(folder / "lock", timeout=0)  # ends with this process, however that ends
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=resume)
+        (folder / inside).mkdir(exist_ok=True)
+        lock.acquire()
+    except FileExistsError as e:
+        raise ConfigError(f"{folder}: another process has just made it; take another --name") from e
+    except Timeout as e:
+        raise ConfigError(f"{folder}: another process is writing it; wait for it or take another --name") from e
+    except OSError as e:
+        raise RunError(f"{folder}: cannot be made or written ({e.strerror})") from e
+    with lock:
+        if not check_folder(folder, settings, resume=True, inside=inside):
+            about = {"settings": settings, "versions": versions(), "commit": commit(), "hardware": hardware}
+            write_file(folder / "config.yaml", dump_yaml(about, default_flow_style=None).encode())
+        yield
+
+
+def _compare_settings(folder, mine, theirs):
+    if not isinstance(theirs, dict):
+        raise ConfigError(f"{folder / 'config.yaml'}: key settings is missing; take another --name")
+    for key in (*mine, *theirs):
+        if key not in FREE and mine.get(key) != theirs.get(key):
+            was, now = (reprlib.repr(values.get(key)) for values in (theirs, mine))
+            raise ConfigError(f"--resume: {folder} was run with {key} {was}, not {now}; take another --name")
+
+
+def versions():
+    """The versions that a result depends on."""
+    return {"python": platform.python_version(), **{p: metadata.version(p) for p in ("torch", "numpy")}}
+
+
+def commit():
+    """This code's git commit, with a + where files differ from it; None outside a git checkout."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + "+" * bool(changed.stdout.strip())
