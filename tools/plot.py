@@ -13,8 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools.report import FEWEST, measure, summarise
 from tools.runs import group_runs, read_runs
+from tools.stats import FEWEST, measure, summarise
 from utils.command import guard
 from utils.config import Parser
 from utils.config_files import ConfigError

@@ -35,7 +35,7 @@ def connect(address):
     # Workers import this code from here, whatever folder they start in.
     code = {"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}}
     alone = {} if address else {"include_dashboard": False}
-    say(f"joining the Ray cluster at {address}" if address else "starting Ray on this machine, which takes some seconds")
+    say(f"joining the Ray cluster at {address}" if address else "starting Ray on this machine: some seconds")
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address or "local", runtime_env=code, log_to_driver=False, logging_level=logging.ERROR, **alone)
