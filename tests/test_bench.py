@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tools import bench
-from utils.config import ConfigError
+from utils.config_files import ConfigError
 
 
 def test_bench_counts_floating_point_work(tmp_path, capsys):

@@ -8,7 +8,10 @@ import yaml
 import modelzoo
 import multihead
 from tests.conftest import CONV, flags, write_yaml
-from utils.config import DATASETS, ConfigError, dump_yaml, load_yaml, read_dataset, read_hyperparam, read_settings
+from utils import command as cli
+from utils.config import read_settings
+from utils.config_files import DATASETS, ConfigError, dump_yaml, load_yaml, read_dataset, read_hyperparam
+from utils.run import record
 
 CONFIG = Path(__file__).parent.parent / "config"
 TASKS = [[0, 1], [2, 3], [4, 5]]
@@ -18,7 +21,7 @@ def refuse(workspace, capsys, *more, method="modelzoo"):
     """Run a command that must be refused: exit status 2, one line, nothing written. Returns the line."""
     before = sorted(workspace.rglob("*"))
     main = {"modelzoo": modelzoo, "multihead": multihead}[method]
-    assert multihead.command(f"{method}.py", method, main.run, flags(workspace, *more)) == 2
+    assert cli.command(f"{method}.py", method, main.run, flags(workspace, *more)) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.endswith("\n") and err.count("\n") == 1
     assert sorted(workspace.rglob("*")) == before
@@ -163,7 +166,7 @@ def test_flags_of_one_command_are_not_the_others(workspace, capsys):
 
 
 def test_required_flags(capsys):
-    assert multihead.command("modelzoo.py", "modelzoo", modelzoo.run, []) == 2
+    assert cli.command("modelzoo.py", "modelzoo", modelzoo.run, []) == 2
     assert capsys.readouterr().err == (
         "modelzoo.py: the following arguments are required: --data_config, --hp_config\n")  # fmt: skip
 
@@ -252,7 +255,7 @@ def test_shipped_files_are_the_contract(tmp_path):
 
 
 def test_settings_survive_json_and_yaml(workspace):
-    found = multihead.record(settings(workspace), __import__("torch").device("cpu"), "fp32")
+    found = record(settings(workspace), __import__("torch").device("cpu"), "fp32")
     # Numbers of YAML 1.2 that 1.1 takes for texts, and the other way round; both kinds of readers are out there.
     found["names"] = ["1e-3", "12e4", "1E+5", ".5e3", "010", "1:30", "0x1f", "yes", "null", "~", "1.5", "-", "ü", ""]
     (workspace / "found.yaml").write_text(dump_yaml(found), encoding="utf-8")

@@ -9,7 +9,6 @@ import sklearn
 import torch
 from PIL import Image
 
-import multihead
 from datasets import mini_imagenet
 from datasets.build_dataset import build_dataset
 from datasets.cifar import load_cifar100
@@ -17,6 +16,8 @@ from datasets.data import DataError, load_image, load_npz, make_tasks
 from datasets.digits import load_digits
 from datasets.modmnist import modify, permute, rotate
 from tests.conftest import CONV, make_arrays, write_yaml
+from utils import command as cli
+from utils.run import prepare
 
 
 def numbered(labels):
@@ -313,7 +314,7 @@ def test_odd_class_names_stay_on_one_line(folder, capsys):
     write_yaml(folder / "hp.yaml", CONV)
     argv = [x for flag, name in (("--data_config", "data.yaml"), ("--hp_config", "hp.yaml"), ("--data_dir", "."))
             for x in (flag, str(folder / name))]  # fmt: skip
-    assert multihead.command("x", "modelzoo", multihead.prepare, argv) == 2
+    assert cli.command("x", "modelzoo", prepare, argv) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "no class a" in err and "\x1b" not in err
 

@@ -20,11 +20,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import modelzoo
-import multihead
 from datasets.data import DataError, load_npz
 from datasets.mini_imagenet import load_cache
 from tests.conftest import CONV, flags, make_arrays, write_yaml
 from tests.test_runs import numbers, start
+from utils import command as cli
+from utils.run import prepare
 
 TIMES = int(os.environ.get("FUZZ", "1"))
 
@@ -52,7 +53,7 @@ def attempt(argv, method="modelzoo"):
     err = io.StringIO()
     with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
         try:
-            code = multihead.command("x.py", method, multihead.prepare, argv)
+            code = cli.command("x.py", method, prepare, argv)
         except SystemExit as e:  # -h
             code = e.code
     text = err.getvalue()
@@ -280,6 +281,6 @@ def test_whole_runs(place, content, hyper, continual):
     shutil.rmtree(place / "runs/fuzz", ignore_errors=True)
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stderr(err), contextlib.redirect_stdout(out):
-        code = multihead.command("x.py", "modelzoo", modelzoo.run, argv)
+        code = cli.command("x.py", "modelzoo", modelzoo.run, argv)
     assert code in (0, 2) and err.getvalue().count("\n") == (code == 2)
     assert (place / "runs/fuzz/result.json").exists() == (code == 0)

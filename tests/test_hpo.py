@@ -15,14 +15,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from utils.logger import RunLog
 
 import hpo
 import modelzoo
 import multihead
 from datasets.data import DataError, TaskData, hold_out
+from utils import command as cli
 from utils.cluster import connect
-from utils.config import SPACE, load_yaml, read_search, read_settings, read_space
+from utils.config import read_settings
+from utils.config_files import SPACE, load_yaml, read_space
+from utils.log import RunLog
+from utils.run import prepare
+from utils.search import read_search
 
 ROOT = Path(__file__).parents[1]
 needs_ray = pytest.mark.skipif(
@@ -116,7 +120,7 @@ def test_a_label_of_two_tasks_holds_out_the_same_rows():
 def prepare_search(argv):
     """Settings of a trial, and the rows that it may see."""
     settings, _ = read_search("hpo.py", argv)
-    return settings, *hold_out(multihead.prepare(settings)[2])
+    return settings, *hold_out(prepare(settings)[2])
 
 
 def test_predicting_between_epochs_leaves_the_training_as_it_was(files):
@@ -184,7 +188,7 @@ def test_the_search_section_takes_the_place_of_the_keys_it_names(files):
 )
 def test_mistakes_in_the_search_section_are_one_line_of_every_script(files, capsys, section, line):
     Path("small.yaml").write_text(HYPER + section + "\n")
-    for main in (hpo.main, functools.partial(multihead.command, "multihead.py", "multihead", multihead.run)):
+    for main in (hpo.main, functools.partial(cli.command, "multihead.py", "multihead", multihead.run)):
         assert main(files) == 2
         out, err = capsys.readouterr()
         assert line in err and err.count("\n") == 1 and not out

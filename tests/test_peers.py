@@ -7,17 +7,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from utils.logger import RunLog
 
 import modelzoo
 import multihead
-from multihead import guard, prepare, train_epochs
+from multihead import train_epochs
 from net.build_net import build_net
 from tests.conftest import CONV, flags, make_arrays, write_yaml
 from tests.test_report import make_run, make_seeds, report_of
 from tools import peers
 from tools.runs import group_runs, read_run
+from utils.command import guard
 from utils.config import read_settings
+from utils.log import RunLog
+from utils.run import prepare
 from utils.run_net import derive_seed, make_generator, predict_logits, train_net
 
 

@@ -1,14 +1,9 @@
-"""Whole runs on small data: the limits that must hold, the run folder, and the commands of the README."""
+"""Whole runs on small data: the limits that must hold, and the run folder."""
 import contextlib
 import functools
-import importlib.util
 import itertools
 import json
-import os
-import shlex
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import fields, replace
 from pathlib import Path
@@ -17,16 +12,21 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from utils.logger import RunLog, load_tensors, open_run, print_result
 
 import modelzoo
 import multihead
-from multihead import learner_path
 from net.wideresnet import Dropout
 from tests.conftest import CONV, flags, make_arrays, write_yaml
-from tools.sweep import read_grid
-from utils.config import ConfigError, Settings, read_search, read_settings
-from utils.run_net import choose_precision, make_generator
+from utils import command as cli
+from utils import run
+from utils.config import Settings, read_settings
+from utils.config_files import ConfigError
+from utils.device import choose_precision
+from utils.learner import learner_path
+from utils.log import RunLog
+from utils.run import finish, prepare
+from utils.run_folder import load_tensors, open_folder
+from utils.run_net import make_generator
 
 ROOT = Path(__file__).parent.parent
 MAIN = {"modelzoo": modelzoo.run, "multihead": multihead.run}
@@ -34,7 +34,7 @@ MAIN = {"modelzoo": modelzoo.run, "multihead": multihead.run}
 
 def start(workspace, name, *more, method="modelzoo"):
     """Run a command that must work; returns its result.json."""
-    assert multihead.command(f"{method}.py", method, MAIN[method], flags(workspace, "--name", name, *more)) == 0
+    assert cli.command(f"{method}.py", method, MAIN[method], flags(workspace, "--name", name, *more)) == 0
     return json.loads((workspace / "runs" / name / "result.json").read_text())
 
 
@@ -116,7 +116,8 @@ def test_every_random_choice_derives_from_the_runs_seed_and_its_round(workspace,
         asked.append((seed, round, purpose))
         return original(seed, round, purpose, *device)
 
-    for module, name in ((modelzoo, "make_generator"), (multihead, "make_generator"), (multihead, "derive_seed")):
+    for module, name in ((modelzoo, "make_generator"), (multihead, "make_generator"), (multihead, "derive_seed"),
+                         (run, "make_generator")):  # fmt: skip
         monkeypatch.setattr(module, name, functools.partial(note, getattr(module, name)))
     start(workspace, "a", "--continual", "--replay_frac", "0.2", "--seed", "7", "--epochs", "1")
     purposes = ("replay", "draw", "init", "shuffle", "augment", "dropout")
@@ -128,7 +129,7 @@ def test_what_a_learner_is_trained_with(workspace, monkeypatch):
     hyper = {"model": "wrn16_4", "batch": 6, "lr": 0.03, "l2_reg": 0.5, "dropout": 0.4, "epochs": 3}
     write_yaml(workspace / "hp.yaml", hyper | {"schedule": "cosine", "augment": True})
     settings = read_settings("x", "modelzoo", flags(workspace, "--continual"))
-    _, _, train, _ = multihead.prepare(settings)
+    _, _, train, _ = prepare(settings)
     given = {}
 
     def note(net, images, rows, heads, labels, **more):
@@ -165,7 +166,7 @@ def test_metrics_of_a_result_by_hand(workspace):
     matrix = [[0.9, None, None], [0.6, 0.5, None], [0.7, 0.8, 0.4]]
     cost = dict.fromkeys(("seconds", "rows_trained", "parameters", "stored_rows"), 0)
     rounds = [{"tasks": [k]} for k in range(3)]
-    found = multihead.finish(settings, torch.device("cpu"), "fp32", matrix, rounds, cost)
+    found = finish(settings, torch.device("cpu"), "fp32", matrix, rounds, cost)
     keys = ("average_accuracy", "learning_accuracy", "forgetting", "backward_transfer")
     # forgetting ((0.9 - 0.7) + (0.5 - 0.8)) / 2
     assert [found[key] for key in keys] == pytest.approx([1.9 / 3, 0.6, -0.05, 0.05])
@@ -175,7 +176,7 @@ def test_isolated_is_tasks_per_round_1(workspace):
     """Each task on its own: the zoo with one task a round against learners trained apart from any zoo."""
     result = start(workspace, "a", "--continual", "--tasks_per_round", "1")
     settings = read_settings("x", "modelzoo", flags(workspace, "--continual", "--tasks_per_round", "1"))
-    _, precision, train, test = multihead.prepare(settings)
+    _, precision, train, test = prepare(settings)
     (workspace / "log").mkdir()
     with RunLog(workspace / "log", 1, 1) as log:
         for t in range(3):
@@ -310,7 +311,7 @@ def test_existing_folder_is_neither_overwritten_nor_mixed(workspace, capsys):
         (["--continual", "--resume", "--seed", "1"], "seed 0, not 1"),
         (["--resume"], "was run with continual True, not False"),
     ):
-        assert multihead.command("modelzoo.py", "modelzoo", modelzoo.run, flags(workspace, "--name", "a", *more)) == 2
+        assert cli.command("modelzoo.py", "modelzoo", modelzoo.run, flags(workspace, "--name", "a", *more)) == 2
         out, err = capsys.readouterr()
         assert message in err and err.count("\n") == 1 and not out
     assert {p: p.read_bytes() for p in (workspace / "runs").rglob("*") if p.is_file()} == before
@@ -326,101 +327,11 @@ def test_diverging_learner_stops_the_run_and_keeps_the_zoo(workspace, monkeypatc
     with monkeypatch.context() as m:
         m.setattr(multihead, "train_net", diverge_later)
         command = flags(workspace, "--name", "b", "--continual")
-        assert multihead.command("modelzoo.py", "modelzoo", modelzoo.run, command) == 2
+        assert cli.command("modelzoo.py", "modelzoo", modelzoo.run, command) == 2
     err = capsys.readouterr().err
-    assert "round 1, epoch 0: the training loss is" in err and "learning rate 1e+09" in err and err.count("\n") == 1
+    assert "round 2, epoch 1: the training loss is" in err and "learning rate 1e+09" in err and err.count("\n") == 1
     assert [file.name for file in (workspace / "runs/b/learners").iterdir()] == ["000.pt"]
     assert numbers(start(workspace, "b", "--continual", "--resume")) == numbers(whole)
-
-
-def test_output_names_tasks_and_says_where_everything_is(workspace, capsys):
-    write_yaml(workspace / "data.yaml", {"dataset": "npz", "path": "toy.npz", "tasks": [[0, 1], [2, 3], [4, 5]],
-                                         "names": ["night", "dusk [early]", "day"]})  # fmt: skip
-    result = start(workspace, "a", "--continual")
-    out = capsys.readouterr().out
-    assert "\x1b" not in out  # not a terminal: no bars, no colours
-    mean = 100 * result["accuracy_matrix"][0][0]
-    assert f"round 1/3: night: zoo's test accuracy {mean:.2f} % on 1 task seen" in out
-    assert "2 day" in out and "1 dusk [early]" in out and str(workspace / "runs/a") in out
-    for key in ("average accuracy", "learning accuracy", "forgetting", "backward transfer"):
-        assert key in out
-
-
-def run_script(*argv, **env):
-    return subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True, env={**os.environ, **env})
-
-
-def test_scripts_as_a_shell_starts_them(workspace):
-    done = run_script("modelzoo.py", *flags(workspace, "--continual", "--num_rounds", "1"))
-    assert done.returncode == 0 and "average accuracy" in done.stdout and done.stderr == ""
-    folder = workspace / "runs/data-hp-modelzoo-continual-num_rounds=1-seed=0"
-    assert (folder / "result.json").exists()
-    wrong = run_script("multihead.py", *flags(workspace, "--epochs", "none"))
-    assert wrong.returncode == 2 and wrong.stderr == "multihead.py: argument --epochs: invalid int value: 'none'\n"
-    shown = run_script("modelzoo.py", "-h")
-    assert shown.returncode == 0 and "--replay_frac" in shown.stdout
-
-
-def test_names_that_the_terminal_has_no_letters_for(workspace):
-    tasks = {"tasks": [[0, 1], [2, 3]], "names": ["grüße", "日本"]}
-    write_yaml(workspace / "data.yaml", {"dataset": "npz", "path": "toy.npz", **tasks})
-    done = run_script("modelzoo.py", *flags(workspace, "--continual"), PYTHONIOENCODING="ascii")
-    assert done.returncode == 0 and r"gr\xfc\xdfe" in done.stdout and done.stderr == ""
-
-
-def test_neither_data_nor_network_is_one_line(workspace):
-    write_yaml(workspace / "data.yaml", {"dataset": "mnist", "tasks": [[0, 1]]})
-    proxy = {f"{p}_proxy": "http://127.0.0.1:9" for p in ("http", "https")}
-    done = run_script("modelzoo.py", *flags(workspace), **proxy)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stdout == ""
-    for words in ("mnist: no data", "data/mnist.npz", "data/MNIST/raw", "connect this machine to the network, or put"):
-        assert words in done.stderr
-    assert not (workspace / "runs").exists()
-
-
-def readme_commands():
-    blocks = (ROOT / "README.md").read_text().split("```")[1::2]
-    text = "\n".join(block.partition("\n")[2] for block in blocks).replace("\\\n", " ").replace("$seed", "0")
-    return [line.strip() for line in text.splitlines() if line.strip().startswith(("python ", "make "))]
-
-
-def test_readme_commands_are_understood(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    commands = readme_commands()
-    assert len(commands) >= 5
-    targets = (ROOT / "Makefile").read_text()
-    for command in commands:
-        words = shlex.split(command, comments=True)
-        if words[0] == "make":
-            assert all(f"\n{target}:" in targets for target in words[1:])
-        elif words[1] == "hpo.py":
-            assert read_search("hpo.py", words[2:])
-        elif words[1] == "tools/sweep.py":
-            assert "…" in words or read_grid(words[2:])
-        elif words[1].startswith("tools/"):
-            assert (ROOT / words[1]).exists()
-        else:
-            method = words[1].removesuffix(".py")
-            # What hpo.py writes is not there before it ran.
-            words = [word.replace("my_digits.yaml", "small.yaml") for word in words]
-            assert read_settings(words[1], method, words[2:]).method == method
-
-
-def test_output_that_nobody_reads_does_not_end_the_run(workspace):
-    """Found by review: `| head -1` killed the training without a word."""
-    command = [sys.executable, "modelzoo.py", *flags(workspace, "--continual", "--name", "a")]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    process.stdout.close()
-    assert process.wait(120) == 0 and process.stderr.read() == b""
-    process.stderr.close()
-    assert (workspace / "runs/a/result.json").exists()
-
-
-def test_output_that_cannot_be_written_is_one_line(workspace):
-    with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, "modelzoo.py", *flags(workspace, "--continual")], cwd=ROOT, stdout=full,
-                              stderr=subprocess.PIPE, text=True)  # fmt: skip
-    assert done.returncode == 2 and "No space left on device" in done.stderr and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("changed", ["train_images", "train_labels", "test_images", "test_labels"])
@@ -433,7 +344,7 @@ def test_resume_on_other_data_is_refused(workspace, capsys, changed):
     np.savez(workspace / "data/toy.npz", **arrays)
     capsys.readouterr()
     command = flags(workspace, "--name", "a", "--continual", "--resume")
-    assert multihead.command("x", "modelzoo", modelzoo.run, command) == 2
+    assert cli.command("x", "modelzoo", modelzoo.run, command) == 2
     assert "was run with data " in capsys.readouterr().err
 
 
@@ -446,64 +357,14 @@ def test_damaged_test_labels_are_written_again(workspace):
     assert file.read_bytes() == whole
 
 
-def read_events(folder):
-    """{TensorBoard run: {tag: [(step, value)]}} of a run folder."""
-    pytest.importorskip("tensorboard", reason="needs tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    found = {}
-    for part in sorted((folder / "tensorboard").iterdir()):
-        events = EventAccumulator(str(part)).Reload()
-        found[part.name] = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-    return found
-
-
-def test_tensorboard_holds_what_the_log_holds(workspace):
-    start(workspace, "a", "--continual", "--tensorboard")
-    folder = workspace / "runs" / "a"
-    expected = {}
-    for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines()):
-        which, step = f"learner_{line['round']:03}" if "epoch" in line else "zoo", line.get("epoch", line["round"])
-        for key, value in line.items():
-            if key not in ("round", "epoch", "tasks"):
-                expected.setdefault(which, {}).setdefault(key, []).append((step, pytest.approx(value)))
-    assert read_events(folder) == expected
-    assert set(expected) == {"zoo", "learner_000", "learner_001", "learner_002"}
-    # A learner that is trained again takes its numbers back first.
-    (folder / "result.json").unlink()
-    (folder / "learners" / "002.pt").unlink()
-    start(workspace, "a", "--continual", "--tensorboard", "--resume")
-    again = read_events(folder)
-    assert set(again) == set(expected)
-    assert again["learner_002"]["train_loss"] == expected["learner_002"]["train_loss"]
-    assert [step for step, _ in again["zoo"]["test_accuracy"]] == [0, 1, 2]
-
-
-def test_tensorboard_without_the_package_is_one_line(workspace, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="--tensorboard: .*pip install tensorboard"):
-        read_settings("x", "multihead", flags(workspace, "--tensorboard"))
-
-
-def test_table_of_a_result_by_hand(capsys):
-    """Task 0 falls from 90 to 70 %, task 1 rises from 50 to 80 %, task 2 is new."""
-    result = {"accuracy": [0.7, 0.8, 0.4], "accuracy_matrix": [[0.9, None, None], [0.6, 0.5, None], [0.7, 0.8, 0.4]],
-              "rounds": [{"tasks": [0]}, {"tasks": [0, 1]}, {"tasks": [1, 2]}], "average_accuracy": 1.9 / 3,
-              "learning_accuracy": 0.6, "forgetting": -0.05, "backward_transfer": None, "seconds": 12.34}  # fmt: skip
-    print_result(result, ["night", "dusk", "day"], "runs/a")
-    out = " ".join(capsys.readouterr().out.split())
-    assert "0 night 90.00 70.00 -20.00 1 dusk 50.00 80.00 +30.00 2 day 40.00 40.00 +0.00" in out
-    assert "average accuracy 63.33 % learning accuracy 60.00 % forgetting -5.00 % seconds 12.3 run folder runs/a" in out
-
-
 def test_a_run_goes_on_only_with_every_setting_that_decides_it(tmp_path):
-    free = {"resume", "out", "name", "data_dir", "tensorboard", "extend", "data_config", "hp_config"}
+    free = {"resume", "dry_run", "out", "name", "data_dir", "tensorboard", "extend", "data_config", "hp_config"}
     settings = {f.name: 1 for f in fields(Settings)}
-    with open_run(tmp_path / "a", settings, False, "a CPU"):
+    with open_folder(tmp_path / "a", settings, False, "a CPU"):
         pass
     for key in settings:
         refused = pytest.raises(ConfigError, match=f"was run with {key} 1, not 2")
-        with contextlib.nullcontext() if key in free else refused, open_run(
+        with contextlib.nullcontext() if key in free else refused, open_folder(
             tmp_path / "a", settings | {key: 2}, True, "a CPU"):  # fmt: skip
             pass
 
@@ -522,7 +383,7 @@ def test_a_runs_zoo_weighs_the_first_learner_of_a_task_by_1_over_r(workspace):
 @pytest.mark.parametrize("flip", [True, False])
 def test_photographs_are_mirrored_in_training_and_digits_are_not(workspace, monkeypatch, flip):
     settings = read_settings("x", "modelzoo", flags(workspace))
-    train = replace(multihead.prepare(settings)[2], flip=flip)
+    train = replace(prepare(settings)[2], flip=flip)
     given = []
     monkeypatch.setattr(multihead, "train_net", lambda *args, flip, **more: given.append(flip) or iter(()))
     list(multihead.train_epochs(settings, "fp32", train, [0], [train.rows(0)], 0))

@@ -12,16 +12,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from utils.logger import load_tensors, save_tensors
 
 import modelzoo
 import multihead
 from datasets.data import DataError
 from modelzoo import Zoo
-from multihead import learner_path
 from tests.conftest import CONV, flags, make_arrays, write_yaml
 from tests.test_runs import numbers, start
-from utils.config import ConfigError
+from utils import command as cli
+from utils.config_files import ConfigError
+from utils.learner import learner_path
+from utils.run_folder import load_tensors, save_tensors
 
 ROOT = Path(__file__).parent.parent
 NAMES = ["dark", "middle", "bright"]
@@ -241,7 +242,7 @@ def test_what_cannot_be_extended_is_one_line_and_nothing_is_written(workspace, c
         change(workspace)
     capsys.readouterr()
     words = flags(workspace, "--name", "new", "--continual", "--extend", str(workspace / "runs" / "old"), *more)
-    assert multihead.command("modelzoo.py", "modelzoo", modelzoo.run, words) == 2
+    assert cli.command("modelzoo.py", "modelzoo", modelzoo.run, words) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert re.search(message, err), err
@@ -249,7 +250,7 @@ def test_what_cannot_be_extended_is_one_line_and_nothing_is_written(workspace, c
 
 
 def test_extend_needs_continual(workspace, capsys):
-    assert multihead.command("modelzoo.py", "modelzoo", modelzoo.run, flags(workspace, "--extend", "x")) == 2
+    assert cli.command("modelzoo.py", "modelzoo", modelzoo.run, flags(workspace, "--extend", "x")) == 2
     assert "--extend needs --continual" in capsys.readouterr().err
 
 
@@ -267,7 +268,7 @@ def test_learners_of_another_machine_are_kept_though_its_draw_went_otherwise(wor
 def test_what_decides_the_old_learners_may_not_change(workspace, capsys, more):
     start(workspace, "old", "--continual", "--num_rounds", "1")
     words = flags(workspace, "--name", "new", "--continual", "--extend", str(workspace / "runs/old"), *more)
-    assert multihead.command("x", "modelzoo", modelzoo.run, words) == 2
+    assert cli.command("x", "modelzoo", modelzoo.run, words) == 2
     assert f"--extend: {more[0][2:]} is" in capsys.readouterr().err
 
 

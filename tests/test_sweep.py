@@ -24,7 +24,8 @@ import multihead
 from datasets.build_dataset import load_splits
 from tools import sweep
 from utils.cluster import connect
-from utils.config import ConfigError, read_settings
+from utils.config import read_settings
+from utils.config_files import ConfigError
 
 ROOT = Path(__file__).parents[1]
 needs_ray = pytest.mark.skipif(

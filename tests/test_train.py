@@ -8,19 +8,9 @@ import torch
 
 from net.build_net import build_net, set_dropout_generator
 from utils import run_net
-from utils.config import ConfigError
-from utils.run_net import (
-    PAD,
-    SGD,
-    capture_step,
-    choose_device,
-    choose_precision,
-    learning_rate,
-    normalise,
-    predict_logits,
-    sample_crops,
-    train_net,
-)
+from utils.config_files import ConfigError
+from utils.device import choose_device, choose_precision
+from utils.run_net import PAD, SGD, capture_step, learning_rate, normalise, predict_logits, sample_crops, train_net
 
 
 def generator(seed=0):

@@ -8,7 +8,7 @@ import torch
 
 from datasets.data import make_tasks
 from modelzoo import Zoo, choose_tasks, ensemble_log_probs, replay_repeats, sample_replay, sample_tasks, task_weights
-from multihead import Learner
+from utils.learner import Learner
 from utils.run_net import derive_seed, make_generator
 
 

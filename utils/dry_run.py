@@ -5,20 +5,25 @@ import time
 import torch
 
 from net.build_net import build_net, set_dropout_generator
-from utils.log import say
-from utils.run import count, count_parameters, describe, find_run
+from utils.config_files import ConfigError
+from utils.log import say_folded
+from utils.run import count_parameters, describe, find_run
+from utils.run_folder import RunError
 from utils.run_net import derive_seed, make_generator, predict_logits, train_net
 
 
 def estimate(settings, device, precision, train, test, plan):
-    """Print what the run would train, its time and its memory. Arguments as of `open_run`.
+    """Print what the run would train, its time and memory, and whether its folder is free; arguments as of `open_run`.
 
-    Raises:
-        ConfigError, RunError: see `find_run`: the run itself would be refused.
+    The times are of the first tasks' rows, on a machine that does what it does now.
     """
-    _, _, found = find_run(settings, device, precision, train, test)
+    try:
+        _, _, found = find_run(settings, device, precision, train, test)
+        end = f"{found} of {settings.num_rounds} rounds found" if settings.resume else "the run folder is free"
+    except (ConfigError, RunError) as e:
+        found, end = 0, f"the run itself would be refused: {e}"
     for line in describe(settings, device, precision, train, plan):
-        say(line)
+        say_folded(line)
     batch, epochs = settings.batch, settings.epochs
     sizes = {size for _, rows in plan for size in (min(batch, rows), rows % batch) if size}
     most = max(n for n, _ in plan)
@@ -37,10 +42,11 @@ def estimate(settings, device, precision, train, test, plan):
     files = logits + nets * len(plan) * settings.save_nets
     images = sum(data.images.numel() for data in (train, test))
     timed = f"{1000 * step[max(step)]:.1f} ms per batch of {max(step)}"
-    say(f"dry run, nothing written: {epochs * sum(rows for _, rows in plan):,} rows in {steps:,} steps, "
+    say_folded(f"dry run, nothing written: {epochs * sum(rows for _, rows in plan):,} rows in {steps:,} steps, "
         f"about {clock(statistics.mean(seconds))} per round ({clock(min(seconds))} to {clock(max(seconds))}), "
         f"{clock(left)} in all{' that is left' * bool(found)} ({timed}); images {images / 1e6:.1f} MB, learners' files "
-        f"{files / 1e6:.1f} MB; {count(found, 'round')} of {settings.num_rounds} found")  # fmt: skip
+        f"{files / 1e6:.1f} MB")  # fmt: skip
+    say_folded(end)
 
 
 def time_step(net, settings, precision, train, most, size):

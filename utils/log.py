@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import sys
+import textwrap
 import time
 
 from tabulate import tabulate
@@ -15,8 +16,8 @@ from utils.run_folder import RunError, write_file
 
 BAR_SECONDS = 0.5  # between two updates of the bars on a terminal
 LINE_SECONDS = 30  # between two lines on the way where there is no terminal
-BAR = "{desc:<16}{percentage:3.0f} % |{bar}|{postfix}"
-RUN_BAR = "{desc:<16}{percentage:3.0f} % |{bar}| {elapsed}, {remaining} left"
+BAR = "{desc:<16}{percentage:3.0f} % |{bar}| "  # what stands behind it is added
+RUN_BAR = BAR + "{elapsed}, {remaining} left"
 
 
 def say(line=""):
@@ -26,6 +27,12 @@ def say(line=""):
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def say_folded(line):
+    """Print a line, folded between its words where it is longer than the terminal is wide."""
+    width = terminal_width()
+    say(textwrap.fill(line, width, subsequent_indent="  ", break_on_hyphens=False) if width else line)
 
 
 def terminal_width():
@@ -47,7 +54,8 @@ def print_table(headings, rows):
     """Print a table of texts: the first column stands left and gives way where the terminal is narrow."""
     width = terminal_width()
     if width and rows:
-        others = sum(max(len(h), *(len(row[i]) for row in rows)) + 2 for i, h in enumerate(headings) if i)
+        # tabulate sets columns two apart and gives headings two more
+        others = sum(max(len(h) + 2, *(len(row[i]) for row in rows)) + 2 for i, h in enumerate(headings) if i)
         rows = [[shorten(row[0], max(width - others, 10)), *row[1:]] for row in rows]
     align = ["left"] + ["right"] * (len(headings) - 1)
     say(tabulate(rows, headings, "simple", colalign=align if rows else None, disable_numparse=True))
@@ -125,7 +133,7 @@ class RunLog:
             run.total, run.initial, run.n = max(self.work, self.done + seen), self.found, self.done + seen
             run.set_description_str(where, refresh=True)
             learner.total, learner.n = self.rows, seen
-            learner.set_postfix_str(loss, refresh=False)  # tqdm puts a comma before it
+            learner.bar_format = BAR + loss
             learner.set_description_str(epoch, refresh=True)
         elif seen:
             trained = self.done + seen - self.found
@@ -165,7 +173,8 @@ class RunLog:
             what = ("all tasks" if len(names) == len(self.names) else f"tasks: {', '.join(names)}")
             unknown = len(self.names) - len(known or self.names)
             accuracy = sum(known) / len(known) if known else accuracy
-            mean = f"{100 * accuracy:6.2f} % on {len(known or self.names)} known tasks"
+            n = len(self.names) - unknown
+            mean = f"{100 * accuracy:6.2f} % on {n} known task{'s' * (n > 1)}"
             mean += f", {unknown} not yet known" * (unknown > 0)
         return shorten(f"{where}   {mean}   {seconds:.1f} s   {what}", terminal_width())
 

@@ -13,7 +13,7 @@ from utils import metrics
 from utils.config_files import ConfigError
 from utils.device import choose_device, choose_precision, describe_hardware
 from utils.learner import learner_path, load_run
-from utils.log import RunLog, print_result, say, task_names
+from utils.log import RunLog, print_result, say_folded, task_names
 from utils.run_folder import FREE, check_folder, load_tensors, open_folder, save_tensors, versions, write_file
 from utils.run_net import make_generator
 
@@ -51,9 +51,8 @@ def record(settings, device, precision):
 
 
 def count_parameters(model, image_shape, classes, dropout):
-    """Numbers that a network with these heads learns; it is not made for that."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in build_net(model, image_shape, classes, dropout, seed=0).parameters())
+    """Numbers that a network with these heads learns."""
+    return sum(p.numel() for p in build_net(model, image_shape, classes, dropout, seed=0).parameters())
 
 
 def find_run(settings, device, precision, train, test):
@@ -82,8 +81,9 @@ def describe(settings, device, precision, train, plan):
     parameters = count_parameters(settings.model, train.images.shape[1:], train.classes[:most], settings.dropout)
     rounds = f"{settings.num_rounds} rounds, {most} tasks per learner at most" if len(plan) > 1 else "1 learner"
     threads = torch.get_num_threads()
+    num_tasks = settings.num_rounds if settings.continual else len(train.classes)
     return [
-        f"{kind}: {count(len(train.classes), 'task')}, {rounds}, {sum(rows for _, rows in plan) * epochs:,} rows to "
+        f"{kind}: {count(num_tasks, 'task')}, {rounds}, {sum(rows for _, rows in plan) * epochs:,} rows to "
         f"train on ({count(epochs, 'epoch')}), {settings.model} with {parameters:,} parameters per learner",
         f"{device}, {precision}, {count(threads, 'thread')}; run folder {Path(settings.out) / settings.name}",
     ]  # fmt: skip
@@ -110,6 +110,8 @@ def open_run(settings, device, precision, train, test, plan):
     """
     folder, about, found = find_run(settings, device, precision, train, test)
     first, second = describe(settings, device, precision, train, plan)
+    work = settings.epochs * sum(rows for _, rows in plan)
+    names = task_names(settings.tasks, settings.names)
     with open_folder(folder, about, settings.resume, describe_hardware(device)):
         try:
             load_tensors(folder / "test_labels.pt", "cpu")
@@ -117,12 +119,10 @@ def open_run(settings, device, precision, train, test, plan):
             labels = [test.labels[test.rows(t)].cpu() for t in range(len(settings.tasks))]
             save_tensors(folder / "test_labels.pt", labels)
         copied = copy_learners(settings.extend, folder) if settings.extend else 0
-        say(first)
-        say(second + f"; {found} of {settings.num_rounds} rounds found" * settings.resume
-            + f"; {copied} rounds come from {settings.extend}" * bool(settings.extend))  # fmt: skip
-        work = settings.epochs * sum(rows for _, rows in plan)
-        names = task_names(settings.tasks, settings.names)
         with RunLog(folder, settings.num_rounds, work, settings.tensorboard, names, settings.continual) as log:
+            say_folded(first)
+            say_folded(second + f"; {found} of {settings.num_rounds} rounds found" * settings.resume
+                       + f"; {copied} rounds come from {settings.extend}" * bool(settings.extend))  # fmt: skip
             yield folder, log
 
 

@@ -1,0 +1,90 @@
+"""The commands as a shell starts them: exit status, one line for what goes wrong, output that nobody reads."""
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.conftest import flags, write_yaml
+from tools.sweep import read_grid
+from utils.config import read_settings
+from utils.search import read_search
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_script(*argv, **env):
+    return subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True, env={**os.environ, **env})
+
+
+def test_scripts_as_a_shell_starts_them(workspace):
+    done = run_script("modelzoo.py", *flags(workspace, "--continual", "--num_rounds", "1"))
+    assert done.returncode == 0 and "average accuracy" in done.stdout and done.stderr == ""
+    folder = workspace / "runs/data-hp-modelzoo-continual-num_rounds=1-seed=0"
+    assert (folder / "result.json").exists()
+    wrong = run_script("multihead.py", *flags(workspace, "--epochs", "none"))
+    assert wrong.returncode == 2 and wrong.stderr == "multihead.py: argument --epochs: invalid int value: 'none'\n"
+    shown = run_script("modelzoo.py", "-h")
+    assert shown.returncode == 0 and "--replay_frac" in shown.stdout
+
+
+def test_names_that_the_terminal_has_no_letters_for(workspace):
+    tasks = {"tasks": [[0, 1], [2, 3]], "names": ["grüße", "日本"]}
+    write_yaml(workspace / "data.yaml", {"dataset": "npz", "path": "toy.npz", **tasks})
+    done = run_script("modelzoo.py", *flags(workspace, "--continual"), PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and r"gr\xfc\xdfe" in done.stdout and done.stderr == ""
+
+
+def test_neither_data_nor_network_is_one_line(workspace):
+    write_yaml(workspace / "data.yaml", {"dataset": "mnist", "tasks": [[0, 1]]})
+    proxy = {f"{p}_proxy": "http://127.0.0.1:9" for p in ("http", "https")}
+    done = run_script("modelzoo.py", *flags(workspace), **proxy)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stdout == ""
+    for words in ("mnist: no data", "data/mnist.npz", "data/MNIST/raw", "connect this machine to the network, or put"):
+        assert words in done.stderr
+    assert not (workspace / "runs").exists()
+
+
+def readme_commands():
+    blocks = (ROOT / "README.md").read_text().split("```")[1::2]
+    text = "\n".join(block.partition("\n")[2] for block in blocks).replace("\\\n", " ").replace("$seed", "0")
+    return [line.strip() for line in text.splitlines() if line.strip().startswith(("python ", "make "))]
+
+
+def test_readme_commands_are_understood(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    commands = readme_commands()
+    assert len(commands) >= 5
+    targets = (ROOT / "Makefile").read_text()
+    for command in commands:
+        words = shlex.split(command, comments=True)
+        if words[0] == "make":
+            assert all(f"\n{target}:" in targets for target in words[1:])
+        elif words[1] == "hpo.py":
+            assert read_search("hpo.py", words[2:])
+        elif words[1] == "tools/sweep.py":
+            assert "…" in words or read_grid(words[2:])
+        elif words[1].startswith("tools/"):
+            assert (ROOT / words[1]).exists()
+        else:
+            method = words[1].removesuffix(".py")
+            # What hpo.py writes is not there before it ran.
+            words = [word.replace("my_digits.yaml", "small.yaml") for word in words]
+            assert read_settings(words[1], method, words[2:]).method == method
+
+
+def test_output_that_nobody_reads_does_not_end_the_run(workspace):
+    """Found by review: `| head -1` killed the training without a word."""
+    command = [sys.executable, "modelzoo.py", *flags(workspace, "--continual", "--name", "a")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.wait(120) == 0 and process.stderr.read() == b""
+    process.stderr.close()
+    assert (workspace / "runs/a/result.json").exists()
+
+
+def test_output_that_cannot_be_written_is_one_line(workspace):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "modelzoo.py", *flags(workspace, "--continual")], cwd=ROOT, stdout=full,
+                              stderr=subprocess.PIPE, text=True)  # fmt: skip
+    assert done.returncode == 2 and "No space left on device" in done.stderr and done.stderr.count("\n") == 1
