@@ -152,7 +152,8 @@ def test_a_zoos_scores_are_those_of_one_that_grows_in_one_go(files, tmp_path):
     settings, fit, held = prepare_search([*files, "--objective", "zoo"])
     assert (settings.method, settings.continual, settings.num_rounds) == ("modelzoo", True, 2)
     (tmp_path / "zoo" / "learners").mkdir(parents=True)
-    matrix, _, _ = modelzoo.grow_zoo(settings, "fp32", fit, held, tmp_path / "zoo")
+    with RunLog(tmp_path / "zoo", 2, 1, names=["a", "b"]) as log:
+        matrix, _, _ = modelzoo.grow_zoo(settings, "fp32", fit, held, tmp_path / "zoo", log)
     assert list(hpo.score_rounds(settings, "fp32", fit, held)) == [matrix[0][0], sum(matrix[1]) / 2]
 
 
