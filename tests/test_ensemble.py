@@ -5,24 +5,14 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from utils.logger import save_tensors
 
 import modelzoo
 import multihead
-from multihead import Learner, learner_path, save_learner
-from tests.test_report import assert_one_line, make_run, report_of
+from tests.runfolders import assert_one_line, make_predictions, make_run, report_of
 from tools.runs import load_log_probs, make_ensemble, read_run
-
-
-def make_predictions(folder, probabilities, labels, rounds=(0,)):
-    """Add to a run folder of one task a learner a list in `probabilities` ([rows][classes]), and the test labels."""
-    (folder / "learners").mkdir()
-    for k, rows in zip(rounds, probabilities, strict=True):
-        logits = (torch.tensor(rows).log(),)
-        save_learner(learner_path(folder, k), Learner((0,), logits, logits, 1.0, 10, 20))
-    save_tensors(folder / "test_labels.pt", [torch.tensor(labels)])
-    return folder
-
+from utils.command import command
+from utils.learner import Learner, learner_path, save_learner
+from utils.run_folder import save_tensors
 
 A = [[0.9, 0.1], [0.6, 0.4], [0.3, 0.7], [0.8, 0.2]]
 B = [[0.4, 0.6], [0.3, 0.7], [0.6, 0.4], [0.1, 0.9]]
@@ -122,7 +112,7 @@ def test_real_runs_of_every_kind_end_to_end(tmp_path, capsys):
     for script, more in ((zoo, ["--continual"]), (zoo, ["--continual", "--replay_frac", "0.5"]), (joint, []),
                          (zoo, ["--num_rounds", "2", "--tasks_per_round", "2", "--warm_start"]),
                          (joint, ["--num_tasks", "2"])):  # fmt: skip
-        assert multihead.command(*script, flags + more) == 0
+        assert command(*script, flags + more) == 0
     for folder in (tmp_path / "runs").iterdir():
         run, ensemble = read_run(folder), make_ensemble([folder])
         assert ensemble.matrix == [pytest.approx(run.matrix[-1], abs=1e-12)]
@@ -142,7 +132,7 @@ def test_real_runs_of_every_kind_end_to_end(tmp_path, capsys):
         else:
             assert result["rows_trained"] == (1 + 2 + 3) * 16
     capsys.readouterr()
-    assert multihead.command(*joint, [*flags, "--num_tasks", "4"]) == 2
+    assert command(*joint, [*flags, "--num_tasks", "4"]) == 2
     assert_one_line(capsys, "--num_tasks: 4 must be at most 3")
 
 

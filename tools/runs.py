@@ -1,4 +1,9 @@
-"""Run folders, read, grouped and named: what report.py and plot.py share. Nothing in a run folder is executed."""
+"""Run folders, read, grouped, named and as pandas frames, for report, plots and notebooks; nothing in one is executed.
+
+    from tools.runs import load_frame
+    load_frame(["runs/a", "runs/b"])  # a row per run; rows="task": per run and task; rows="round": per round, too
+"""
+import importlib
 import json
 import pickle
 import sys
@@ -10,7 +15,7 @@ from tools import peers
 from utils import metrics
 from utils.config_files import ConfigError, load_yaml
 from utils.learner import COST, WARM, learner_path, make_learner
-from utils.log import task_names
+from utils.log import first_seen, task_names
 from utils.run_folder import FREE, RunError, load_tensors
 
 APART = (*FREE, "save_nets", "seed", "names")  # settings that may differ within a group
@@ -18,6 +23,7 @@ DATA = ("dataset", "path", "size", "tasks")  # one setting here: which tasks
 ZOO_FLAGS = ("num_rounds", "tasks_per_round", "replay_frac", "naive", "warm_start")  # mean nothing for other kinds
 PEER_KINDS = {f"avalanche-{method}": f"Avalanche {name}" for method, name in peers.METHODS.items()}
 METRICS = ("average_accuracy", "learning_accuracy", "forgetting", "backward_transfer")
+COSTS = ("networks", "rows_trained", "stored_rows", "stored_numbers", "parameters", "seconds")
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,105 @@ class Group:
 
     label: str
     runs: list
+
+
+def load_frame(paths, ensembles=(), rows="run"):
+    """Run folders, and an ensemble of each list in `ensembles`, as a frame; accuracies in [0, 1], NaN where undefined.
+
+    A row per "run" (metrics, cost, origin, settings), run and "task" (accuracy when first seen and at the end), or run,
+    "round" and task seen (accuracy; whether it was trained on; weight in the draw). `ConfigError`: nothing can be read.
+    """
+    groups, notes = group_runs(read_runs("load_frame", [paths] if isinstance(paths, (str, Path)) else paths, ensembles))
+    for note in notes:
+        print(f"load_frame: note: {note}", file=sys.stderr)
+    return make_frame(groups, rows)
+
+
+def make_frame(groups, rows="run"):
+    """As `load_frame`, of groups that are read already."""
+    make = {"run": _run_rows, "task": _task_rows, "round": _round_rows}[rows]
+    frame = require("pandas").DataFrame([
+        {"run": run.path, "group": group.label, "kind": run.kind, "seed": run.seed, **row}
+        for group in groups for run in group.runs for row in make(run, group, groups)])  # fmt: skip
+    numbers = frame.columns.intersection([*METRICS, "forward_transfer", *COSTS, "first_seen", "accuracy", "weight"])
+    return frame.astype(dict.fromkeys(numbers, float))
+
+
+def _run_rows(run, group, groups):
+    row = {**run.metrics(), "forward_transfer": None, **{key: run.cost.get(key) for key in COSTS}, **run.about}
+    for isolated in find_isolated(group, groups):
+        if isolated.seed == run.seed:
+            row["forward_transfer"] = metrics.forward_transfer(run.matrix, isolated.matrix[-1])
+    ours = (*row, "run", "group", "kind", "seed", "all_tasks")
+    settings = {**dict(zip(DATA, json.loads(run.tasks)[:-1], strict=False)), **run.settings}
+    return [row | {key: value for key, value in settings.items() if key not in ours}]
+
+
+def _task_rows(run, *_):
+    return [{"task": t, "name": name, "first_seen": first_seen(run.matrix, run.rounds, t) if run.rounds else None,
+             "accuracy": run.matrix[-1][t]} for t, name in enumerate(run.names)]  # fmt: skip
+
+
+def _round_rows(run, *_):
+    """An ensemble is one round in which nothing was trained."""
+    rounds = run.rounds or [{"tasks": [], "weights": []}]
+    return [{"round": k + 1, "task": t, "name": run.names[t], "accuracy": accuracy, "trained": t in r["tasks"],
+             "weight": r["weights"][t] if t < len(r["weights"]) else None}
+            for k, (row, r) in enumerate(zip(run.matrix, rounds, strict=True))
+            for t, accuracy in enumerate(row) if accuracy is not None]  # fmt: skip
+
+
+def find_isolated(group, groups):
+    """The runs of the Isolated group whose settings are `group`'s, but for those that change nothing in Isolated."""
+
+    def rest(run):
+        ignored = ("tasks", "tasks_per_round", "replay_frac", "naive")
+        return run.tasks, {k: v for k, v in run.settings.items() if k not in ignored}
+
+    if group.runs[0].kind == "Model Zoo":
+        for other in groups:
+            if other.runs[0].kind == "Isolated" and rest(other.runs[0]) == rest(group.runs[0]):
+                return other.runs
+    return []
+
+
+def describe_groups(groups):
+    """What the groups are runs of, in a line: "rotated_digits, 5 tasks; conv, 5 epochs, samples 20".
+
+    Where runs differ in one of these, all its values stand there, and the line ends in "; groups differ in epochs".
+    """
+    runs = [member for group in groups for run in group.runs for member in run.members or [run]]
+    found = {
+        "data": [run.settings["tasks"].partition(" of ")[2] for run in runs],
+        "tasks": [len(run.names) for run in runs],
+        "network": [run.settings.get("model") for run in runs],
+        "epochs": [run.settings.get("epochs") for run in runs],
+        "samples": [setting_text(run, "samples") for run in runs],
+    }
+    found = {key: [x for x in dict.fromkeys(values) if x not in (None, "")] for key, values in found.items()}
+    texts = {key: _either(values) for key, values in found.items() if values}
+    for key in {"tasks", "epochs"} & texts.keys():
+        texts[key] += f" {key[:-1] if found[key] == [1] else key}"
+    differ = [key for key, values in found.items() if len(values) > 1]
+    parts = [", ".join(texts[key] for key in keys if key in texts)
+             for keys in (("data", "tasks"), ("network", "epochs", "samples"))]  # fmt: skip
+    return "; ".join([*filter(None, parts), *([f"groups differ in {_either(differ, 'and')}"] if differ else [])])
+
+
+def _either(values, word="or"):
+    """A list in words; many numbers by their ends."""
+    if all(isinstance(value, int) for value in values):
+        values = sorted(values) if len(values) < 5 else [f"{min(values)} to {max(values)}"]
+    *most, last = map(printable, values)
+    return f"{', '.join(most)} {word} {last}" if most else last
+
+
+def require(module):
+    """Import what a run does without; a `ConfigError` with the command that installs it where it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as e:
+        raise ConfigError(f"{e.name} is not installed: pip install -r requirements.txt") from e
 
 
 def read_runs(prog, paths, ensembles=()):

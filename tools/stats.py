@@ -6,8 +6,7 @@ from itertools import combinations
 
 from scipy import stats
 
-from tools.runs import METRICS
-from utils import metrics
+from tools.runs import COSTS, METRICS, make_frame
 
 LEVEL = 0.95
 FEWEST = 3  # values from which an interval is given: that of two is too wide to say anything
@@ -64,36 +63,12 @@ def find_outlier(values):
 
 
 def measure(groups):
-    """Every metric and cost of every run: dict label -> metric -> seed -> number; only what is defined is there.
-
-    A Model Zoo's forward transfer comes from the run of the same seed in an Isolated group of the same settings.
-    """
+    """Every metric and cost of every run: dict label -> metric -> seed -> number; only what is defined is there."""
     found = {}
-    for group in groups:
-        of_group = found[group.label] = {}
-        isolated = {run.seed: run for run in find_isolated(group, groups)}
-        for run in group.runs:
-            values = run.metrics() | run.cost
-            if run.seed in isolated:
-                values["forward_transfer"] = metrics.forward_transfer(run.matrix, isolated[run.seed].matrix[-1])
-            for metric, value in values.items():
-                if value is not None:
-                    of_group.setdefault(metric, {})[run.seed] = value
+    for label, rows in make_frame(groups).groupby("group", sort=False):
+        known = {key: rows[rows[key].notna()] for key in (*METRICS, "forward_transfer", *COSTS)}
+        found[label] = {key: dict(zip(r["seed"], r[key], strict=True)) for key, r in known.items() if len(r)}
     return found
-
-
-def find_isolated(group, groups):
-    """The runs of the Isolated group whose settings are `group`'s, but for those that change nothing in Isolated."""
-
-    def rest(run):
-        ignored = ("tasks", "tasks_per_round", "replay_frac", "naive")
-        return run.tasks, {k: v for k, v in run.settings.items() if k not in ignored}
-
-    if group.runs[0].kind == "Model Zoo":
-        for other in groups:
-            if other.runs[0].kind == "Isolated" and rest(other.runs[0]) == rest(group.runs[0]):
-                return other.runs
-    return []
 
 
 def compare(groups, found):
