@@ -8,6 +8,10 @@ DIGITS = --data_config config/dataset/rotated_digits.yaml --hp_config config/hyp
 demo: .venv/run
 	$(BIN)/python modelzoo.py $(DIGITS) --tasks_per_round 1 --name demo-isolated --resume
 	$(BIN)/python modelzoo.py $(DIGITS) --name demo-modelzoo --resume
+	$(BIN)/python tools/report.py runs/demo-modelzoo runs/demo-isolated
+	$(BIN)/python tools/plot.py methods runs/demo-modelzoo runs/demo-isolated --file runs/demo.png
+	@echo "The figure is runs/demo.png. What to try next: more seeds (--seed 1 --name demo-modelzoo-1, which give"
+	@echo "intervals), your own data (docs/data.md), Avalanche's methods beside these (docs/peers.md)."
 
 test: .venv/test
 	$(BIN)/ruff check .
@@ -28,8 +32,8 @@ test-fuzz: .venv/test
 	$(BIN)/python -m pip install -q -r requirements.txt
 	touch $@
 
-.venv/test: requirements-dev.txt requirements-hpo.txt .venv/run
-	$(BIN)/python -m pip install -q -r requirements-dev.txt
+.venv/test: requirements-dev.txt requirements-hpo.txt constraints.txt .venv/run
+	$(BIN)/python -m pip install -q -c constraints.txt -r requirements-dev.txt
 	touch $@
 
 clean:

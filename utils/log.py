@@ -8,9 +8,7 @@ import sys
 import textwrap
 import time
 
-from tabulate import tabulate
 from tqdm import tqdm
-from wcwidth import wcwidth
 
 from utils.run_folder import RunError, write_file
 
@@ -42,6 +40,8 @@ def terminal_width():
 
 def shorten(text, width):
     """`text`, cut to `width` columns (None: any) by an ellipsis; letters of East Asia take two."""
+    from wcwidth import wcwidth  # as tabulate below: not before the first batch, which a newcomer waits for
+
     columns = [max(wcwidth(c), 0) for c in text]
     if width is None or sum(columns) <= width:
         return text
@@ -52,6 +52,8 @@ def shorten(text, width):
 
 def print_table(headings, rows):
     """Print a table of texts: the first column stands left and gives way where the terminal is narrow."""
+    from tabulate import tabulate
+
     width = terminal_width()
     if width and rows:
         # tabulate sets columns two apart and gives headings two more
