@@ -1,8 +1,10 @@
 """Run folders written by hand, and what report.py says of them."""
 import json
+import re
 
 import torch
 
+from tools import report
 from tools.runs import group_runs, make_ensemble, read_run
 from utils.command import guard
 from utils.learner import COST, Learner, learner_path, save_learner
@@ -45,9 +47,12 @@ def make_seeds(tmp_path, name, finals, **config):
 
 def report_of(*arguments):
     """Exit status of report.py."""
-    from tools import report
-
     return guard("report.py", lambda: report.main([str(a) for a in arguments]))
+
+
+def squeeze(text):
+    """A table's text without the spaces that set its columns: every cell between single ones."""
+    return re.sub(" +", " ", text)
 
 
 def assert_one_line(capsys, message):

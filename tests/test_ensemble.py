@@ -8,7 +8,7 @@ import torch
 
 import modelzoo
 import multihead
-from tests.runfolders import assert_one_line, make_predictions, make_run, report_of
+from tests.runfolders import assert_one_line, make_predictions, make_run, report_of, squeeze
 from tools.runs import load_log_probs, make_ensemble, read_run
 from utils.command import command
 from utils.learner import Learner, learner_path, save_learner
@@ -36,7 +36,7 @@ def test_ensemble_by_hand(tmp_path):
 def test_ensemble_stands_beside_other_groups(tmp_path, capsys):
     pair = make_pair(tmp_path, tasks_per_round=1)
     assert report_of(*pair, "--ensemble", *pair, "--format", "markdown") == 0
-    out = capsys.readouterr().out
+    out = squeeze(capsys.readouterr().out)
     assert "| ensemble of 2 Isolated | 1 | 75.00 | – | – | – | 2.0 | 600 | 80 | 4 |" in out
     assert "| ensemble of 2 Isolated | 0+1 |" in out
     assert report_of("--ensemble", *pair) == 0

@@ -1,8 +1,10 @@
 """The report as one HTML page that asks nothing of any network: no script, figures inside it."""
 import base64
-from html import escape
 
-HEAD = """<!DOCTYPE html>
+from tools.runs import require
+
+# Columns of numbers, which stand behind `texts` columns of texts, are set to the right by the class of their table.
+PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -11,44 +13,56 @@ HEAD = """<!DOCTYPE html>
 <title>Model Zoo: report</title>
 <style>
 body { font: 15px/1.45 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 72rem;
-       margin: 2rem auto; padding: 0 1rem; }
+       margin: 2rem auto; padding: 0 1rem; overflow-wrap: anywhere }
 h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem }
-.wide { overflow-x: auto }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { padding: .25rem .7rem; text-align: left; border-bottom: 1px solid #ddd; vertical-align: top }
-thead th { border-bottom: 2px solid #555; white-space: nowrap }
-.number { text-align: right; white-space: nowrap }
+.wide { overflow-x: auto; overflow-wrap: normal }
+table { border-collapse: collapse; border: 0; font-variant-numeric: tabular-nums }
+th, td { padding: .25rem .7rem; text-align: left; border: 0; border-bottom: 1px solid #ddd; vertical-align: top }
+td { min-width: 4rem; max-width: 26rem; overflow-wrap: break-word }
+thead th { border-bottom: 2px solid #555; vertical-align: bottom }
+{% for n in range(1, 5) %}
+.texts{{ n }} :is(th, td):nth-child(n + {{ n + 1 }}) { text-align: right; white-space: nowrap; min-width: 0 }
+{% endfor %}
 tbody tr:hover { background: #f2f6fa }
 img { width: min(100%, 56rem); height: auto }
 </style>
 </head>
 <body>
 <h1>Model Zoo: report</h1>
+{% for line in head %}
+<p>{{ line }}</p>
+{% endfor %}
+{% for title, table in tables %}
+<h2>{{ title }}</h2>
+<div class="wide">{{ table | safe }}</div>
+{% endfor %}
+{% if notes %}
+<h2>Notes</h2>
+<ul>
+{% for note in notes %}
+<li>{{ note }}</li>
+{% endfor %}
+</ul>
+{% endif %}
+{% for title, data in figures %}
+<h2>{{ title }}</h2>
+<img alt="{{ title }}" src="data:image/svg+xml;base64,{{ data }}">
+{% endfor %}
+</body>
+</html>
 """
 
 
-def make_page(tables, notes, figures):
+def make_page(head, tables, notes, figures):
     """Put a page together; every text is escaped.
 
     Args:
-        tables: of (title, headings, whether each column holds numbers, rows of texts).
-        notes: lines.
-        figures: of (title, SVG).
+        head, notes: lines.
+        tables: of (title, frame of texts, how many of its first columns are no numbers).
+        figures: of (title, SVG). They go in as images: the names inside one drawing cannot meet those of another.
     """
-    parts = [HEAD]
-    for title, headings, numeric, rows in tables:
-        marks = [' class="number"' * number for number in numeric]
-        parts += [f'<h2>{escape(title)}</h2>\n<div class="wide"><table>\n<thead><tr>']
-        parts += [f"<th{mark}>{escape(heading)}</th>" for mark, heading in zip(marks, headings, strict=True)]
-        parts += ["</tr></thead>\n<tbody>\n"]
-        for row in rows:
-            cells = "".join(f"<td{mark}>{escape(cell)}</td>" for mark, cell in zip(marks, row, strict=True))
-            parts += [f"<tr>{cells}</tr>\n"]
-        parts += ["</tbody></table></div>\n"]
-    if notes:
-        parts += ["<h2>Notes</h2>\n<ul>\n", *(f"<li>{escape(note)}</li>\n" for note in notes), "</ul>\n"]
-    for title, svg in figures:
-        # As images, not as elements: the names inside one drawing cannot meet those of another.
-        data = base64.b64encode(svg).decode()
-        parts += [f'<h2>{escape(title)}</h2>\n<img alt="{escape(title)}" src="data:image/svg+xml;base64,{data}">\n']
-    return "".join([*parts, "</body>\n</html>\n"])
+    with require("pandas").option_context("display.max_colwidth", None):
+        tables = [(title, frame.to_html(index=False, border=0, classes=f"texts{n}")) for title, frame, n in tables]
+    figures = [(title, base64.b64encode(svg).decode()) for title, svg in figures]
+    template = require("jinja2").Environment(autoescape=True, trim_blocks=True).from_string(PAGE)
+    return template.render(head=head, tables=tables, notes=notes, figures=figures)

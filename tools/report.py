@@ -4,79 +4,76 @@
 
 Runs that differ in seed only are one group. Reads run folders and nothing else.
 """
-import csv
-import io
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from textwrap import wrap
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rich import box
-from rich.table import Table as RichTable
-from rich.text import Text
-from utils.logger import make_console
-
 from tools.page import make_page
-from tools.runs import METRICS, differing, group_runs, read_runs, setting_text
-from tools.stats import FEWEST, compare, find_outlier, measure, summarise
+from tools.runs import (
+    COSTS,
+    METRICS,
+    TRANSFER,
+    describe_groups,
+    differing,
+    group_runs,
+    make_frame,
+    printable,
+    read_runs,
+    require,
+    setting_text,
+)
+from tools.stats import FEWEST, SPREAD, compare, find_outlier, measure
 from utils.command import guard
 from utils.config import Parser
 from utils.config_files import ConfigError
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table before it has a format.
-
-    Attributes:
-        title: a line.
-        columns: of pairs, a heading and the format of its numbers.
-        rows: of cells, a text, a number or None each.
-    """
-
-    title: str
-    columns: tuple
-    rows: list
-
+from utils.log import say, say_folded, terminal_width
 
 MANY = 4  # groups from which only the differences to the first are shown: those between all grow with the square
+# The columns of numbers, by heading, and their formats; the others are texts and stand before them.
+FORMATS = {"n": "", "mean": "z.2f", "sd": "z.2f", "95 % from": "z.2f", "to": "z.2f", "p": ".2g",
+           "networks per task": ".1f", **dict.fromkeys(
+               ("rows trained", "rows stored", "numbers stored", "parameters", "seconds"), ",.0f")}  # fmt: skip
+NAMES = {"networks": "networks per task", "stored_rows": "rows stored", "stored_numbers": "numbers stored",
+         "low": "95 % from", "high": "to", "test": "t-test"}  # fmt: skip
 
 
-def choose_shown(groups, differences):
-    """Of `compare`'s differences all, but of MANY groups over the same tasks only those to the first of these."""
+def words(key):
+    """A metric or a column of a frame in words."""
+    return NAMES.get(key, key.replace("_", " "))
+
+
+def choose_shown(groups, numbers):
+    """Of the differences in `compare`'s frame all, but of MANY groups over the same tasks only those to the first."""
     alike = {}
     for group in groups:
         alike.setdefault(group.runs[0].tasks, []).append(group.label)
     kept = {label for labels in alike.values() for label in (labels if len(labels) < MANY else labels[:1])}
-    return [difference for difference in differences if difference[0] in kept]
+    return numbers[numbers["minus"].notna() & numbers["group"].isin(kept)]
 
 
-def warnings(groups, found, differences):
-    """A line for whatever a reader of the numbers and of the `differences` shown should not overlook."""
+def warnings(groups, found, shown):
+    """A line for whatever a reader of the numbers and of the differences shown should not overlook."""
     lines = []
     for group in groups:
-        n = len(group.runs)
-        if n < FEWEST:
-            lines.append(f"{group.label}: n = {n} is below {FEWEST}: no interval; run more seeds")
+        n, transferred = len(group.runs), len(found[group.label].get(TRANSFER, ()))
         seed = find_outlier(found[group.label]["average_accuracy"])
-        if seed is not None:
-            lines.append(f"{group.label}: seed {seed} is an outlier (Grubbs' test at 5 %): find out why before "
-                         "anything is made of the mean; it is counted here")  # fmt: skip
-        transferred = len(found[group.label].get("forward_transfer", ()))
-        if group.runs[0].kind == "Model Zoo" and not transferred and len(group.runs[0].names) > 1:
-            lines.append(f"{group.label}: no forward transfer: no Isolated run of the same settings and seeds is here")
-        elif 0 < transferred < n:
-            lines.append(f"{group.label}: forward transfer is of {transferred} of {n} seeds: Isolated has no others")
-        for key, what in (("commit", "commits"), ("hardware", "machines"), ("torch", "versions of torch")):
-            if len({run.about[key] for run in group.runs}) > 1:
-                lines.append(f"{group.label}: its runs are of different {what}")
-    for a, b, metric, test, _ in differences:
-        of_a, of_b = found[a][metric], found[b][metric]
-        shared, n = len(of_a.keys() & of_b.keys()), max(len(of_a), len(of_b))
-        if metric == METRICS[0] and 0 < shared < n:
-            how = {"paired": ": the differences are on these", "Welch": ", too few for pairs: Welch's test is on all"}
+        alone = group.runs[0].kind == "Model Zoo" and len(group.runs[0].names) > 1 and not transferred
+        origins = {"commit": "commits", "hardware": "machines", "torch": "versions of torch"}
+        differ = [origins[key] for key in origins if len({run.about[key] for run in group.runs}) > 1]
+        lines += [f"{group.label}: {line}" for holds, line in (
+            (n < FEWEST, f"n = {n} is below {FEWEST}: no interval; run more seeds"),
+            (seed is not None, f"seed {seed} is an outlier (Grubbs' test at 5 %): find out why before anything is made "
+                               "of the mean; it is counted here"),
+            (alone, "no forward transfer: no Isolated run of the same settings and seeds is here"),
+            (0 < transferred < n, f"forward transfer is of {transferred} of {n} seeds: Isolated has no others"),
+            *((True, f"its runs are of different {what}") for what in differ)) if holds]  # fmt: skip
+    how = {"paired": ": the differences are on these", "Welch": ", too few for pairs: Welch's test is on all"}
+    for a, b, test in shown[shown["metric"] == METRICS[0]][["group", "minus", "test"]].itertuples(index=False):
+        seeds_a, seeds_b = (found[label][METRICS[0]].keys() for label in (a, b))
+        shared, n = len(seeds_a & seeds_b), max(len(seeds_a), len(seeds_b))
+        if 0 < shared < n:
             lines.append(f"{a} minus {b}: {shared} of {n} seeds are shared{how[test]}")
     if len(tasks := name_tasks(groups)) > 1:
         lines.append(f"groups over different tasks are not compared with each other: {'; '.join(tasks.values())}")
@@ -91,128 +88,107 @@ def name_tasks(groups):
     return names
 
 
-def make_tables(groups, found, differences, shown):
-    """The report's tables, accuracies in per cent; `shown` are those of the differences that are."""
-    spread = (("n", "d"), ("mean", "z.2f"), ("sd", "z.2f"), ("95 % from", "z.2f"), ("to", "z.2f"))
+def make_tables(groups, numbers, shown):
+    """The report's tables: dict title -> frame of texts, accuracies in per cent.
 
-    def cells(s):
-        return [s.n, *(None if x is None else 100 * x for x in (s.mean, s.sd, s.low, s.high))]
-
-    accuracy, others, settings = [], [], []
-    differ = differing([g.runs[0] for g in groups])
-    costs = {"networks": ("networks a task", ".1f"), "rows_trained": ("rows trained", ",.0f"),
-             "stored_rows": ("rows stored", ",.0f"), "stored_numbers": ("numbers stored", ",.0f"),
-             "parameters": ("parameters", ",.0f"), "seconds": ("seconds", ",.0f")}  # fmt: skip
-    if not any("stored_rows" in of_group for of_group in found.values()):
-        del costs["stored_rows"]
-    if not any(any(of_group.get("stored_numbers", {}).values()) for of_group in found.values()):
-        del costs["stored_numbers"]
-    for g in groups:
-        cost = [summarise(list(found[g.label].get(key, {}).values())).mean for key in costs]
-        accuracy.append([g.label, *cells(summarise(list(found[g.label]["average_accuracy"].values()))), *cost])
-        for metric, values in found[g.label].items():
-            if metric not in ("average_accuracy", *g.runs[0].cost):
-                others.append([g.label, words(metric), *cells(summarise(list(values.values())))])
-        seeds = ["+".join(map(str, r.seed)) if isinstance(r.seed, tuple) else str(r.seed) for r in g.runs]
-        origin = [f"{key} {'; '.join(dict.fromkeys(run.about[key] for run in g.runs))}" for key in g.runs[0].about]
-        texts = [text for key in differ if (text := setting_text(g.runs[0], key))]
-        settings.append([g.label, " ".join(seeds), ", ".join(texts), ", ".join(origin)])
-    found_differences = [[a, b, words(m), test, *cells(s), s.p] for a, b, m, test, s in shown]
+    Args:
+        groups: as `group_runs` gives them.
+        numbers: `compare`'s frame.
+        shown: those of its differences that are.
+    """
+    costs = make_frame(groups).groupby("group", sort=False)[list(COSTS)].mean().reset_index()
+    few = {"stored_rows": costs["stored_rows"].isna().all(), "stored_numbers": not costs["stored_numbers"].any()}
+    costs = costs.drop(columns=[key for key in few if few[key]])
+    alone = numbers["minus"].isna()
+    accuracy = numbers[alone & (numbers["metric"] == METRICS[0])].drop(columns=["minus", "metric", "test", "p"])
+    others = numbers[alone & numbers["metric"].isin([*METRICS[1:], TRANSFER])].drop(columns=["minus", "test", "p"])
     title = "Differences (percentage points; p not corrected for many tests)"
-    if len(shown) < len(differences):
+    if len(shown) < (~alone).sum():
         title = ("Differences to the first group over the same tasks (percentage points; p not corrected for many "
                  "tests; --format csv has all pairs)")  # fmt: skip
-    return [table for table in (
-        Table("Average accuracy (%) and what it costs", (("group", ""), *spread, *costs.values()), accuracy),
-        Table("Other metrics (%)", (("group", ""), ("metric", ""), *spread), others),
-        Table(title, (("group", ""), ("minus", ""), ("metric", ""), ("t-test", ""), *spread, ("p", ".2g")),
-              found_differences),
-        Table("Settings that differ, and where the numbers come from",
-              (("group", ""), ("seeds", ""), ("settings", ""), ("made with", "")), settings),
-    ) if table.rows]  # fmt: skip
+    differ = differing([g.runs[0] for g in groups])
+    settings = [{
+        "group": g.label,
+        "seeds": " ".join("+".join(map(str, r.seed)) if r.members else str(r.seed) for r in g.runs),
+        "settings": ", ".join(text for key in differ if (text := setting_text(g.runs[0], key))),
+        "made with": ", ".join(f"{k} {'; '.join(dict.fromkeys(r.about[k] for r in g.runs))}" for k in g.runs[0].about),
+    } for g in groups]  # fmt: skip
+    tables = {"Average accuracy (%) and what it costs": accuracy.merge(costs, on="group"),
+              "Other metrics (%)": others, title: shown,
+              "Settings that differ, and where the numbers come from": require("pandas").DataFrame(settings)}
+    return {title: to_texts(table) for title, table in tables.items() if len(table)}
 
 
-def words(key):
-    """A key of result.json as words."""
-    return key.replace("_", " ")
+def to_texts(table):
+    """A frame with headings in words and every cell a text: accuracies in per cent, a dash for what is unknown."""
+    table = table.copy()
+    ends = table.columns.intersection(["mean", "sd", "low", "high"])
+    table[ends] *= 100
+    if "metric" in table:
+        table["metric"] = table["metric"].map(words)
+    table.columns = map(words, table.columns)
+    for heading in table.columns.intersection(list(FORMATS)):
+        table[heading] = ["–" if x != x or x is None else format(x, FORMATS[heading]) for x in table[heading]]
+    return table
 
 
-def show(value, spec):
-    """A table's cell as a text."""
-    return "–" if value is None else value if isinstance(value, str) else format(value, spec)
+def count_texts(table):
+    """How many columns of texts stand before those of numbers."""
+    return sum(heading not in FORMATS for heading in table.columns)
 
 
-def print_text(tables, notes):
-    """Print tables and notes for people: on a terminal texts are folded to its width, and numbers never."""
-    console = make_console()
-    terminal = console.width if console.is_terminal else 10_000  # of which a table takes what it needs
-    gap = int(terminal >= 100)  # two spaces between columns, where there is room for them, else one
-    for table in tables:
-        rich = RichTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False,
-                         padding=(0, gap), collapse_padding=True)  # fmt: skip
-        rows = [[show(x, s) for x, (_, s) in zip(row, table.columns, strict=True)] for row in table.rows]
-        for (heading, spec), *cells in zip(table.columns, *rows, strict=True):
-            lines = wrap(heading, 8, break_long_words=False) if spec else [heading]
-            width = max(map(len, lines + cells))
-            rich.add_column("\n".join(lines), justify="right" if spec else "left", no_wrap=bool(spec), overflow="fold",
-                            min_width=width if spec else min(width, 10))  # fmt: skip
-        for row in rows:
-            rich.add_row(*map(Text, row))
-        least = sum(column.min_width + gap + 1 for column in rich.columns) - gap - 1
-        console.width = max(terminal, least)  # in less rich leaves a column out
-        console.print(rich, crop=False)
-        console.print()
+def to_grid(table, width):
+    """The table in columns: in a terminal of `width` (None: any) texts are folded, to 10 at least; numbers never."""
+    from tabulate import SEPARATING_LINE, DataRow, Line, TableFormat, tabulate
+    from wcwidth import wcswidth
+
+    texts = count_texts(table)
+    headings = [h if i < texts else "\n".join(wrap(h, 8, break_long_words=False)) for i, h in enumerate(table.columns)]
+    rows = [headings, *table.itertuples(index=False)]
+    widths = [max(wcswidth(line) for cell in column for line in cell.split("\n")) for column in zip(*rows, strict=True)]
+    gap = " " if width and width < 100 else "  "
+    for _ in range(sum(widths) + len(gap) * (len(widths) - 1) - width if width else 0):
+        widest = max(range(texts), key=widths.__getitem__)
+        widths[widest] -= widths[widest] > 10
+    row = DataRow("", gap, "")
+    layout = TableFormat(None, Line("", "-", gap, ""), None, None, row, row, 0, None)
+    align = ["left"] * texts + ["right"] * (len(widths) - texts)
+    return tabulate([headings, SEPARATING_LINE, *rows[1:]], tablefmt=layout, colalign=align,
+                    maxcolwidths=widths[:texts], disable_numparse=True, break_on_hyphens=False)  # fmt: skip
+
+
+def print_text(head, tables, notes):
+    """Print the report for people."""
+    for line in head:
+        say_folded(line)
+    for title, table in tables.items():
+        say()
+        say_folded(title)
+        say(to_grid(table, terminal_width()))
+    say()
     for note in notes:
-        console.print(f"note: {note}", markup=False, soft_wrap=True)
+        say_folded(f"note: {note}")
 
 
-def to_markdown(tables, notes):
-    """Tables and notes in GitHub's Markdown."""
-    lines = []
-    for table in tables:
-        cells = [[show(x, s) for x, (_, s) in zip(row, table.columns, strict=True)] for row in table.rows]
-        lines += [f"**{table.title}**", "", _markdown_row(heading for heading, _ in table.columns),
-                  _markdown_row("---:" if spec else "---" for _, spec in table.columns)]  # fmt: skip
-        lines += [*map(_markdown_row, cells), ""]
-    return "\n".join(lines + [f"- {note}" for note in notes])
+def to_markdown(head, tables, notes):
+    """The report in GitHub's Markdown."""
+    parts = [f"{line}\n" for line in head]
+    for title, table in tables.items():
+        texts, n = table.replace(r"\|", r"\|", regex=True), count_texts(table)
+        align = ["left"] * n + ["right"] * (len(table.columns) - n)
+        parts.append(f"**{title}**\n\n{texts.to_markdown(index=False, colalign=align, disable_numparse=True)}\n")
+    return "\n".join(parts + [f"- {note}" for note in notes])
 
 
-def _markdown_row(cells):
-    return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
-
-
-LATEX = {"\\": r"\textbackslash{}", "–": "--", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
-         **{c: "\\" + c for c in "&%$#_{}"}}  # fmt: skip
-
-
-def to_latex(tables, notes):
-    """Tables as LaTeX tabulars that need no package; notes as comments."""
-
-    def row(cells):
-        return " & ".join("".join(LATEX.get(c, c) for c in cell) for cell in cells) + r" \\"
-
-    lines = []
-    for table in tables:
-        lines += [f"% {table.title}", r"\begin{tabular}{" + "".join("lr"[bool(s)] for _, s in table.columns) + "}",
-                  r"\hline", row(heading for heading, _ in table.columns), r"\hline"]  # fmt: skip
-        lines += [row(show(x, s) for x, (_, s) in zip(r, table.columns, strict=True)) for r in table.rows]
-        lines += [r"\hline", r"\end{tabular}", ""]
-    return "\n".join(lines + [f"% {note}" for note in notes])
-
-
-def to_csv(groups, found, differences):
-    """Everything as one table for programs: a line a group (or difference) and metric; accuracies in [0, 1]."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("group", "minus", "metric", "test", "n", "mean", "sd", "low", "high", "p"))
-    for group in groups:
-        for metric, values in found[group.label].items():
-            s = summarise(list(values.values()))
-            # No p-value: whether an accuracy is 0 is no question, and a transfer has its interval.
-            writer.writerow((group.label, None, metric, None, s.n, s.mean, s.sd, s.low, s.high, None))
-    for a, b, metric, test, s in differences:
-        writer.writerow((a, b, metric, test, s.n, s.mean, s.sd, s.low, s.high, s.p))
-    return text.getvalue().rstrip("\n")
+def to_latex(head, tables, notes):
+    """The report's tables as LaTeX tabulars; all else as comments."""
+    require("jinja2")
+    parts = [*(f"% {line}" for line in head), r"% The tables need \usepackage{booktabs}."]
+    for title, table in tables.items():
+        columns = "l" * count_texts(table)
+        columns += "r" * (len(table.columns) - len(columns))
+        parts += [f"% {title}", table.to_latex(index=False, escape=True, column_format=columns).replace("–", "--")]
+    return "\n".join(parts + [f"% {note}" for note in notes])
 
 
 def make_figures(groups):
@@ -243,22 +219,22 @@ def main(argv=None):
     flags = p.parse_args(argv)
     groups, notes = group_runs(read_runs("report.py", flags.runs, flags.ensemble))
     found = measure(groups)
-    differences = compare(groups, found)
-    shown = choose_shown(groups, differences)
-    notes += warnings(groups, found, shown)
-    tables = make_tables(groups, found, differences, shown)
+    numbers = compare(groups, found)
+    shown = choose_shown(groups, numbers)
+    head = [describe_groups(groups), SPREAD]
+    notes = list(map(printable, notes + warnings(groups, found, shown)))
+    tables = make_tables(groups, numbers, shown)
     if flags.html:
-        texts = [(t.title, [h for h, _ in t.columns], [bool(s) for _, s in t.columns],
-                  [[show(x, s) for x, (_, s) in zip(r, t.columns, strict=True)] for r in t.rows]) for t in tables]
-        write(flags.html, make_page(texts, notes, make_figures(groups)))
-    if flags.format == "text":
-        print_text(tables, notes)
-    elif flags.format == "csv":
-        print(to_csv(groups, found, differences))
-        for note in notes:
-            print(f"report.py: note: {note}", file=sys.stderr)
+        texts = [(title, table, count_texts(table)) for title, table in tables.items()]
+        write(flags.html, make_page(head, texts, notes, make_figures(groups)))
+    if flags.format == "csv":  # all numbers, in one table for programs, accuracies in [0, 1]
+        say(numbers.to_csv(index=False).rstrip("\n"))
+        for line in [*head, *(f"note: {note}" for note in notes)]:
+            print(f"report.py: {line}", file=sys.stderr)
+    elif flags.format == "text":
+        print_text(head, tables, notes)
     else:
-        print({"markdown": to_markdown, "latex": to_latex}[flags.format](tables, notes))
+        say({"markdown": to_markdown, "latex": to_latex}[flags.format](head, tables, notes))
     return 0
 
 

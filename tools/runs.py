@@ -23,6 +23,7 @@ DATA = ("dataset", "path", "size", "tasks")  # one setting here: which tasks
 ZOO_FLAGS = ("num_rounds", "tasks_per_round", "replay_frac", "naive", "warm_start")  # mean nothing for other kinds
 PEER_KINDS = {f"avalanche-{method}": f"Avalanche {name}" for method, name in peers.METHODS.items()}
 METRICS = ("average_accuracy", "learning_accuracy", "forgetting", "backward_transfer")
+TRANSFER = "forward_transfer"  # the metric that takes the Isolated group as well
 COSTS = ("networks", "rows_trained", "stored_rows", "stored_numbers", "parameters", "seconds")
 
 
@@ -91,15 +92,15 @@ def make_frame(groups, rows="run"):
     frame = require("pandas").DataFrame([
         {"run": run.path, "group": group.label, "kind": run.kind, "seed": run.seed, **row}
         for group in groups for run in group.runs for row in make(run, group, groups)])  # fmt: skip
-    numbers = frame.columns.intersection([*METRICS, "forward_transfer", *COSTS, "first_seen", "accuracy", "weight"])
+    numbers = frame.columns.intersection([*METRICS, TRANSFER, *COSTS, "first_seen", "accuracy", "weight"])
     return frame.astype(dict.fromkeys(numbers, float))
 
 
 def _run_rows(run, group, groups):
-    row = {**run.metrics(), "forward_transfer": None, **{key: run.cost.get(key) for key in COSTS}, **run.about}
+    row = {**run.metrics(), TRANSFER: None, **{key: run.cost.get(key) for key in COSTS}, **run.about}
     for isolated in find_isolated(group, groups):
         if isolated.seed == run.seed:
-            row["forward_transfer"] = metrics.forward_transfer(run.matrix, isolated.matrix[-1])
+            row[TRANSFER] = metrics.forward_transfer(run.matrix, isolated.matrix[-1])
     ours = (*row, "run", "group", "kind", "seed", "all_tasks")
     settings = {**dict(zip(DATA, json.loads(run.tasks)[:-1], strict=False)), **run.settings}
     return [row | {key: value for key, value in settings.items() if key not in ours}]

@@ -1,16 +1,18 @@
 """What the numbers of a few seeds say: mean, spread, interval, paired and unpaired differences, outliers."""
 import math
 import statistics
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields, replace
 from itertools import combinations
 
 from scipy import stats
 
-from tools.runs import COSTS, METRICS, make_frame
+from tools.runs import COSTS, METRICS, TRANSFER, make_frame, require
 
 LEVEL = 0.95
 FEWEST = 3  # values from which an interval is given: that of two is too wide to say anything
 ROUND_OFF = 1e-12  # a standard deviation below it is rounding, of values that are all alike
+SPREAD = ("mean over seeds; sd: standard deviation with n - 1; 95 %: confidence interval of the mean by Student's t; "
+          "±: half its width")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,20 @@ def summarise(values):
         return Summary(n, mean, sd)
     if sd < ROUND_OFF:
         return Summary(n, mean, sd, mean, mean)
-    error = sd / math.sqrt(n)
-    half = stats.t.ppf((1 + LEVEL) / 2, n - 1) * error
-    return Summary(n, mean, sd, mean - half, mean + half, 2 * stats.t.sf(abs(mean) / error, n - 1))
+    return Summary(n, mean, sd, *_ends(stats.ttest_1samp(values, 0)))
+
+
+def welch(a, b):
+    """The `Summary` of the difference of the means of two independent lists of numbers, without sd."""
+    n, mean = f"{len(a)}, {len(b)}", statistics.fmean(a) - statistics.fmean(b)
+    if min(len(a), len(b)) < FEWEST or statistics.stdev(a) + statistics.stdev(b) < ROUND_OFF:
+        return Summary(n, mean)
+    return Summary(n, mean, None, *_ends(stats.ttest_ind(a, b, equal_var=False)))
+
+
+def _ends(test):
+    """Ends of the interval, and p, of one of scipy's t-tests."""
+    return (*map(float, test.confidence_interval(LEVEL)), float(test.pvalue))
 
 
 def find_outlier(values):
@@ -66,40 +79,29 @@ def measure(groups):
     """Every metric and cost of every run: dict label -> metric -> seed -> number; only what is defined is there."""
     found = {}
     for label, rows in make_frame(groups).groupby("group", sort=False):
-        known = {key: rows[rows[key].notna()] for key in (*METRICS, "forward_transfer", *COSTS)}
+        known = {key: rows[rows[key].notna()] for key in (*METRICS, TRANSFER, *COSTS)}
         found[label] = {key: dict(zip(r["seed"], r[key], strict=True)) for key, r in known.items() if len(r)}
     return found
 
 
 def compare(groups, found):
-    """Differences between all groups over the same tasks: paired on the seeds that they share, or by Welch's test.
+    """What `measure` found, in a frame: a row per group and metric, then per two groups over the same tasks.
 
-    Pairs need FEWEST shared seeds, unless a group is smaller than that: fewer would give up Welch's interval.
-    Where seeds are shared by parts only, as those of an ensemble and of a single run, what they share makes both alike,
-    and Welch's interval is too wide rather than too narrow.
-
-    Returns:
-        (label, label of the one taken off, metric, test, `Summary` of the difference); of Welch's test n is a text.
+    Its columns are group, minus (the group taken off), metric, test, and those of a `Summary`. Differences are paired
+    on the seeds that both groups have, or by Welch's test, where n is a text. Pairs need FEWEST shared seeds, unless a
+    group is smaller than that: fewer would give up Welch's interval. Where seeds are shared by parts only, as those of
+    an ensemble and of a single run, what they share makes both alike: Welch's interval is rather too wide.
     """
-    rows = []
+    # No p-value of a group: whether an accuracy is 0 is no question, and a transfer has its interval.
+    rows = [(label, None, metric, None, replace(summarise(list(values.values())), p=None))
+            for label, of_group in found.items() for metric, values in of_group.items()]  # fmt: skip
     for a, b in combinations(groups, 2):
-        if a.runs[0].tasks != b.runs[0].tasks:
-            continue
-        for metric in METRICS:
-            of_a, of_b = found[a.label].get(metric, {}), found[b.label].get(metric, {})
+        for metric in METRICS if a.runs[0].tasks == b.runs[0].tasks else ():
+            of_a, of_b = (found[group.label].get(metric, {}) for group in (a, b))
             seeds = [seed for seed in of_a if seed in of_b]
             if seeds and (len(seeds) >= FEWEST or min(len(of_a), len(of_b)) < FEWEST):
                 rows.append((a.label, b.label, metric, "paired", summarise([of_a[s] - of_b[s] for s in seeds])))
             elif of_a and of_b:
                 rows.append((a.label, b.label, metric, "Welch", welch([*of_a.values()], [*of_b.values()])))
-    return rows
-
-
-def welch(a, b):
-    """The `Summary` of the difference of the means of two independent lists of numbers, without sd."""
-    n, mean = f"{len(a)}, {len(b)}", statistics.fmean(a) - statistics.fmean(b)
-    if min(len(a), len(b)) < FEWEST or statistics.stdev(a) + statistics.stdev(b) < ROUND_OFF:
-        return Summary(n, mean)
-    test = stats.ttest_ind(a, b, equal_var=False)
-    interval = test.confidence_interval(LEVEL)
-    return Summary(n, mean, None, float(interval.low), float(interval.high), float(test.pvalue))
+    columns = ["group", "minus", "metric", "test", *(field.name for field in fields(Summary))]
+    return require("pandas").DataFrame([(*names, *astuple(summary)) for *names, summary in rows], columns=columns)
