@@ -26,7 +26,7 @@ from utils.cluster import connect, share_out
 from utils.command import guard, name_batch
 from utils.config_files import ConfigError, dump_yaml, load_yaml
 from utils.device import choose_device, choose_precision, describe_hardware
-from utils.log import RunLog, print_table, say
+from utils.log import RunLog, print_table, say, task_names
 from utils.run import prepare
 from utils.run_folder import RunError, open_folder, write_file
 from utils.run_net import derive_seed, predict_logits
@@ -63,7 +63,7 @@ def score_rounds(settings, precision, fit, held_out):
         for rounds in range(1, settings.num_rounds + 1):
             # A zoo of one round more finds its earlier learners in the folder, as a resumed run does.
             longer = replace(settings, num_rounds=rounds)
-            with RunLog(Path(folder), rounds, 0) as log:
+            with RunLog(Path(folder), rounds, 0, names=task_names(settings.tasks, settings.names)) as log:
                 matrix, _, _ = grow_zoo(longer, precision, fit, held_out, Path(folder), log)
             yield metrics.average_accuracy(matrix)
 
