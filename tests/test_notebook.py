@@ -62,7 +62,11 @@ def test_top_to_bottom_and_again(tmp_path, monkeypatch, capsys):
     files = {file: file.read_bytes() for file in (tmp_path / "runs").rglob("*.pt")}
     assert len(files) == 5 + 5 + 5 + 7  # learners, and the test labels of each run
     printed = capsys.readouterr().out
-    assert "test accuracy on 10 degrees" in printed and "forward_transfer: Model Zoo" in printed
+    assert "test accuracy on 10 degrees" in printed
+    frame = found["frame"].set_index("group")
+    gains = [zoo["accuracy_matrix"][t][t] - isolated["accuracy"][t] for t in range(1, 5)]
+    assert frame.forward_transfer["Model Zoo"] == pytest.approx(sum(gains) / 4)
+    assert frame.average_accuracy["Isolated"] == pytest.approx(sum(isolated["accuracy"]) / 5)
     again = execute(line, **settings)
     assert again["zoo"]["accuracy_matrix"] == zoo["accuracy_matrix"]
     assert {file: file.read_bytes() for file in (tmp_path / "runs").rglob("*.pt")} == files
