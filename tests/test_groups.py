@@ -170,6 +170,7 @@ FOREIGN = [
     lambda r: damage(r, "accuracy_matrix", 1, value=[0.5]), lambda r: damage(r, "accuracy_matrix", value=[]),
     lambda r: damage(r, "method", value="svm"), lambda r: damage(r, "classes", value=[[1, 2]]),
     lambda r: damage(r, "rounds", 0, "tasks", value=[7]), lambda r: damage(r, "seconds", value="fast"),
+    lambda r: damage(r, "classes", value=[]), lambda r: damage(r, "config", "method", value=["svm"]),
     lambda r: damage(r, "accuracy_matrix", 1, 1, value=float("nan")), lambda r: damage(r, "config", value=[]),
 ]  # fmt: skip
 

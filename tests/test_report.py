@@ -5,11 +5,13 @@ import re
 import shutil
 import subprocess
 import sys
+from html import unescape
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from tests.runfolders import make_run, make_seeds, report_of, squeeze
+from tests.runfolders import assert_one_line, make_run, make_seeds, report_of, squeeze
 from tools import report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -89,6 +91,72 @@ def test_no_runs_and_bad_flags_are_one_line(tmp_path, capsys):
         assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_every_format_opens_with_what_the_runs_are_of_and_what_the_spread_means(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(report, "make_figures", lambda groups: [])
+    folders = [*make_seeds(tmp_path, "zoo", [0.5, 0.6, 0.8], samples=20), make_run(tmp_path / "b", [[0.5] * 3] * 3)]
+    said = ["toy, 2 or 3 tasks; conv, 2 epochs, samples 20",
+            "mean over seeds; sd: standard deviation with n - 1; 95 %: confidence interval of the mean by Student's t; "
+            "±: half its width"]  # fmt: skip
+    for form, mark in (("text", ""), ("markdown", ""), ("latex", "% "), ("csv", "report.py: ")):
+        assert report_of(*folders, "--format", form, "--html", tmp_path / "page.html") == 0
+        out, err = capsys.readouterr()
+        lines = [line for line in (err if form == "csv" else out).splitlines() if line]
+        assert lines[:2] == [mark + line for line in said]
+    page = (tmp_path / "page.html").read_text()
+    for line in said:
+        assert f"<p>{line}</p>" in unescape(page)
+
+
+@pytest.mark.parametrize(("width", "lines"), [
+    (40, ["group        metric       95 %      rows",
+          "                          from   trained",
+          "------------ ------------ ---- ---------",
+          "Model Zoo,   forgetting   5.00 1,234,567",
+          "lr 0.1",
+          "Isolated     average         –         8",
+          "             accuracy"]),
+    (100, ["group              metric            95 %       rows",
+           "                                     from    trained",
+           "-----------------  ----------------  ----  ---------",
+           "Model Zoo, lr 0.1  forgetting        5.00  1,234,567",
+           "Isolated           average accuracy     –          8"])])  # fmt: skip
+def test_a_table_on_a_terminal_by_hand(width, lines):
+    """Texts give way, the longest first, and headings of numbers take as little as they need."""
+    table = pd.DataFrame({"group": ["Model Zoo, lr 0.1", "Isolated"], "metric": ["forgetting", "average_accuracy"],
+                          "low": [0.05, None], "rows_trained": [1234567, 8]})  # fmt: skip
+    assert [line.rstrip() for line in report.to_grid(*report.to_texts(table), width).splitlines()] == lines
+
+
+def test_letters_of_east_asia_take_two_columns():
+    table = report.to_texts(pd.DataFrame({"group": ["旋转数字旋转数字", "toy"], "n": [3, 12]}))
+    assert report.to_grid(*table, 13).splitlines() == [
+        "group       n", "---------- --", "旋转数字旋  3", "转数字", "toy        12"]  # fmt: skip
+
+
+def test_control_characters_of_paths_and_names_do_not_reach_the_terminal(tmp_path, capsys):
+    folders = [make_run(tmp_path / f"{x}\x1b[2J", [[0.5, 0.5]] * 2, names=["a\x1b[2J", "b"], data_config="\x1b[2J.yaml")
+               for x in "ab"]  # fmt: skip
+    for form in ("text", "markdown", "latex", "csv"):
+        assert report_of(*folders, tmp_path / "none\x1b[2J", "--format", form) == 0
+        out, err = capsys.readouterr()
+        assert "\x1b" not in out + err
+        assert "left out" in out + err and "no such run folder" in err
+
+
+@pytest.mark.parametrize(("package", "words"), [
+    ("pandas", []), ("jinja2", ["--format", "latex"]), ("jinja2", ["--html", "page.html"]),
+    ("matplotlib", ["--html", "page.html"])])  # fmt: skip
+def test_a_missing_package_is_one_line_that_says_how_to_install_it(tmp_path, capsys, monkeypatch, package, words):
+    folder = make_run(tmp_path / "zoo", [[0.5, 0.5]] * 2)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, package, None)
+    if package == "jinja2":
+        monkeypatch.setattr(report, "make_figures", lambda groups: [])
+    assert report_of(folder, *words) == 2
+    assert_one_line(capsys, package)
+    assert not (tmp_path / "page.html").exists()
+
+
 def test_page_is_self_contained_and_escaped(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     folders = make_seeds(tmp_path, "zoo", [0.7, 0.72, 0.8], names=["<script>alert(1)</script>", "b & c"],
@@ -114,7 +182,7 @@ def test_page_is_self_contained_and_escaped(tmp_path, capsys):
     assert report_of(folders[0], "--html", tmp_path / "page.html") == 0
     assert "<h2>Average accuracy</h2>" in (tmp_path / "page.html").read_text()
     assert report_of(*folders, "--html", tmp_path / "no" / "page.html") == 2
-    assert "cannot be written" in capsys.readouterr().err
+    assert "page.html: cannot be read or written" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
@@ -132,6 +200,25 @@ def test_page_in_a_browser(tmp_path):
     # The figures were drawn: the bars' blue on white, and the heat map's darkest blue and lightest yellow.
     for colour in ((64, 149, 197), (0, 34, 78), (254, 232, 56)):
         assert (abs(pixels - colour).max(2) < 12).sum() > 500
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_page_fits_a_screen_and_a_telephone(tmp_path, monkeypatch):
+    """What is wide scrolls inside its own box: the page itself is as wide as the window."""
+    monkeypatch.setattr(report, "make_figures", lambda groups: [("a figure", b"<svg width='900' height='9'/>")])
+    folders = [make_run(tmp_path / ("long" * 50) / f"{lr}-{s}", [[lr, lr]] * 2, s, lr=lr, cost=(12345678, 9, 1871925))
+               for lr in (0.1, 0.2) for s in (0, 1)]  # fmt: skip
+    assert report_of(*folders, folders[0], "--html", tmp_path / "page.html") == 0
+    frames = "".join(f"<iframe src='page.html' width='{width}' height='900'></iframe>" for width in (420, 1280))
+    look = ("onload = () => document.title = [...document.querySelectorAll('iframe')].map(f => f.contentDocument)"
+            ".map(d => [d.documentElement.scrollWidth - d.documentElement.clientWidth, "
+            "[...d.querySelectorAll('.wide')].some(w => w.scrollWidth > w.clientWidth)]).join(' ')")  # fmt: skip
+    (tmp_path / "frames.html").write_text(f"{frames}<script>{look}</script>")
+    done = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files",
+         f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", (tmp_path / "frames.html").as_uri()],
+        check=True, capture_output=True, text=True, timeout=60)  # fmt: skip
+    assert "<title>0,true 0,false</title>" in done.stdout
 
 
 def test_every_format_has_the_numbers_by_hand(tmp_path, capsys, monkeypatch):

@@ -17,13 +17,16 @@ body { font: 15px/1.45 system-ui, sans-serif; color: #1a1a1a; background: #fff; 
 h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem }
 .wide { overflow-x: auto; overflow-wrap: normal }
 table { border-collapse: collapse; border: 0; font-variant-numeric: tabular-nums }
-th, td { padding: .25rem .7rem; text-align: left; border: 0; border-bottom: 1px solid #ddd; vertical-align: top }
+th, td { padding: .25rem clamp(.3rem, 1vw, .7rem); text-align: left; border: 0; border-bottom: 1px solid #ddd;
+         vertical-align: top }
 td { min-width: 4rem; max-width: 26rem; overflow-wrap: break-word }
-thead th { border-bottom: 2px solid #555; vertical-align: bottom }
+th { border-bottom: 2px solid #555; vertical-align: bottom }
+:is(th, td):first-child { position: sticky; left: 0; background: #fff }
 {% for n in range(1, 5) %}
-.texts{{ n }} :is(th, td):nth-child(n + {{ n + 1 }}) { text-align: right; white-space: nowrap; min-width: 0 }
+.texts{{ n }} :is(th, td):nth-child(n + {{ n + 1 }}) { text-align: right; min-width: 0 }
+.texts{{ n }} td:nth-child(n + {{ n + 1 }}) { white-space: nowrap }
 {% endfor %}
-tbody tr:hover { background: #f2f6fa }
+tr:hover td { background: #f2f6fa }
 img { width: min(100%, 56rem); height: auto }
 </style>
 </head>
@@ -58,11 +61,12 @@ def make_page(head, tables, notes, figures):
 
     Args:
         head, notes: lines.
-        tables: of (title, frame of texts, how many of its first columns are no numbers).
+        tables: as of `make_tables` in report.py.
         figures: of (title, SVG). They go in as images: the names inside one drawing cannot meet those of another.
     """
     with require("pandas").option_context("display.max_colwidth", None):
-        tables = [(title, frame.to_html(index=False, border=0, classes=f"texts{n}")) for title, frame, n in tables]
+        tables = [(title, table.to_html(index=False, border=0, classes=f"texts{align.count('left')}"))
+                  for title, (table, align) in tables.items()]  # fmt: skip
     figures = [(title, base64.b64encode(svg).decode()) for title, svg in figures]
     template = require("jinja2").Environment(autoescape=True, trim_blocks=True).from_string(PAGE)
     return template.render(head=head, tables=tables, notes=notes, figures=figures)

@@ -5,7 +5,6 @@
 """
 import importlib
 import json
-import pickle
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from utils import metrics
 from utils.config_files import ConfigError, load_yaml
 from utils.learner import COST, WARM, learner_path, make_learner
 from utils.log import first_seen, task_names
-from utils.run_folder import FREE, RunError, load_tensors
+from utils.run_folder import FREE, load_tensors
 
 APART = (*FREE, "save_nets", "seed", "names")  # settings that may differ within a group
 DATA = ("dataset", "path", "size", "tasks")  # one setting here: which tasks
@@ -82,7 +81,7 @@ def load_frame(paths, ensembles=(), rows="run"):
     """
     groups, notes = group_runs(read_runs("load_frame", [paths] if isinstance(paths, (str, Path)) else paths, ensembles))
     for note in notes:
-        print(f"load_frame: note: {note}", file=sys.stderr)
+        print(f"load_frame: note: {printable(note)}", file=sys.stderr)
     return make_frame(groups, rows)
 
 
@@ -135,34 +134,20 @@ def find_isolated(group, groups):
 
 
 def describe_groups(groups):
-    """What the groups are runs of, in a line: "rotated_digits, 5 tasks; conv, 5 epochs, samples 20".
-
-    Where runs differ in one of these, all its values stand there, and the line ends in "; groups differ in epochs".
-    """
+    """What the groups are runs of, in a line: "rotated_digits, 5 tasks; conv, 5 or 20 epochs, samples 20"."""
     runs = [member for group in groups for run in group.runs for member in run.members or [run]]
-    found = {
-        "data": [run.settings["tasks"].partition(" of ")[2] for run in runs],
-        "tasks": [len(run.names) for run in runs],
-        "network": [run.settings.get("model") for run in runs],
-        "epochs": [run.settings.get("epochs") for run in runs],
-        "samples": [setting_text(run, "samples") for run in runs],
-    }
-    found = {key: [x for x in dict.fromkeys(values) if x not in (None, "")] for key, values in found.items()}
-    texts = {key: _either(values) for key, values in found.items() if values}
-    for key in {"tasks", "epochs"} & texts.keys():
-        texts[key] += f" {key[:-1] if found[key] == [1] else key}"
-    differ = [key for key, values in found.items() if len(values) > 1]
-    parts = [", ".join(texts[key] for key in keys if key in texts)
-             for keys in (("data", "tasks"), ("network", "epochs", "samples"))]  # fmt: skip
-    return "; ".join([*filter(None, parts), *([f"groups differ in {_either(differ, 'and')}"] if differ else [])])
 
+    def either(values, unit=""):
+        *most, last = dict.fromkeys(printable(x) for x in values if x not in (None, "")) or [""]
+        text = f"{', '.join(most)} or {last}" if most else last
+        return f"{text} {unit}" + "s" * (text != "1") if text and unit else text
 
-def _either(values, word="or"):
-    """A list in words; many numbers by their ends."""
-    if all(isinstance(value, int) for value in values):
-        values = sorted(values) if len(values) < 5 else [f"{min(values)} to {max(values)}"]
-    *most, last = map(printable, values)
-    return f"{', '.join(most)} {word} {last}" if most else last
+    of_data = (either(run.settings["tasks"].partition(" of ")[2] for run in runs),
+               either(sorted(len(run.names) for run in runs), "task"))  # fmt: skip
+    of_training = (either(run.settings.get("model") for run in runs),
+                   either((run.settings.get("epochs") for run in runs), "epoch"),
+                   either(setting_text(run, "samples") for run in runs))  # fmt: skip
+    return "; ".join(", ".join(filter(None, part)) for part in (of_data, of_training))
 
 
 def require(module):
@@ -186,7 +171,7 @@ def read_runs(prog, paths, ensembles=()):
         except ConfigError as e:
             problems.append(str(e))
     for problem in problems if runs else problems[:-1]:
-        print(f"{prog}: skipped: {problem}", file=sys.stderr)
+        print(f"{prog}: skipped: {printable(problem)}", file=sys.stderr)
     if not runs:
         raise ConfigError(problems[-1] if problems else "no run folder given")
     return runs
@@ -219,54 +204,41 @@ def read_run(path):
 def _parse(path, result, about):
     """The `Run` of a result.json; whatever is not as this code writes it raises one of `read_run`'s exceptions."""
 
-    def need(holds, what):
-        if not holds:
-            raise ValueError(what)
-
     def number(x, high=1e18):
         return isinstance(x, (int, float)) and not isinstance(x, bool) and 0 <= x <= high
 
-    need(isinstance(result, dict), "not a mapping")
     config, matrix, rounds, classes = (result[key] for key in ("config", "accuracy_matrix", "rounds", "classes"))
-    need(all(isinstance(task, list) and len(task) > 1 for task in classes), "classes")
-    need(config["method"] == result["method"] in ("modelzoo", "multihead", *PEER_KINDS), "method")
-    continual = config["continual"]
-    need(isinstance(continual, bool) and isinstance(config["seed"], int), "config")
-    need(len(matrix) == len(rounds) > 0 and (not continual or len(matrix) == len(classes)), "rounds")
-    for k, (row, r) in enumerate(zip(matrix, rounds, strict=True)):
-        seen = k + 1 if continual else len(classes)
-        need(len(row) == len(classes), "accuracy_matrix")
-        need(all(number(x, 1) if t < seen else x is None for t, x in enumerate(row)), "accuracy_matrix")
-        need(all(isinstance(t, int) and 0 <= t < len(classes) for t in r["tasks"]), "rounds: tasks")
-        need(len(r["weights"]) <= len(classes) and all(number(w) for w in r["weights"]), "rounds: weights")
-    if config["method"] in PEER_KINDS:
-        kind = PEER_KINDS[config["method"]]
-    elif config["method"] == "multihead":
-        kind = "Multi-Head"
-    elif continual:
-        kind = "Isolated" if config["tasks_per_round"] == 1 else "Model Zoo"
-    else:
-        kind = "Model Zoo, multi-task"
-    heads = sum(len(r["tasks"]) for r in rounds) + len(classes) * config["warm_start"]
-    cost = {"networks": heads / len(classes)}
+    continual, size = config["continual"], len(classes)
+    seen = [k + 1 if continual else size for k in range(len(rounds))]
+    cost = {"networks": (sum(len(r["tasks"]) for r in rounds) + size * config["warm_start"]) / max(size, 1)}
     cost |= {key: result.get(key) for key in (*COST, "stored_rows", "stored_numbers")}
-    need(all(x is None or number(x) for x in cost.values()), "cost")
+    checksum = (about.get("settings") or {}).get("data")
+    names = tuple(map(printable, task_names(config["tasks"], config["names"])[:size]))
+    for what, holds in {
+        "classes": 0 < size == len(names) and all(isinstance(task, list) and len(task) > 1 for task in classes),
+        "config": isinstance(continual, bool) and isinstance(config["seed"], int),
+        "method": config["method"] == result["method"],
+        "rounds": len(matrix) == len(rounds) > 0 and (not continual or len(rounds) == size),
+        "rounds: tasks": all(isinstance(t, int) and 0 <= t < size for r in rounds for t in r["tasks"]),
+        "rounds: weights": all(len(r["weights"]) <= size and all(map(number, r["weights"])) for r in rounds),
+        "accuracy_matrix": all(len(row) == size and all(number(x, 1) if t < n else x is None for t, x in enumerate(row))
+                               for n, row in zip(seen, matrix, strict=True)),
+        "cost": all(x is None or number(x) for x in cost.values()),
+        "data": checksum is None or isinstance(checksum, str),
+    }.items():  # fmt: skip
+        if not holds:
+            raise ValueError(what)
+    zoo = "Model Zoo, multi-task" if not continual else "Isolated" if config["tasks_per_round"] == 1 else "Model Zoo"
+    kind = {"modelzoo": zoo, "multihead": "Multi-Head", **PEER_KINDS}[config["method"]]
     data = [config[key] for key in DATA]
-    names = tuple(map(printable, task_names(config["tasks"], config["names"])[: len(classes)]))
-    need(len(names) == len(classes), "names")
-    stem = printable(Path(config["data_config"]).stem)
+    tasks = f"{size} task{'s' * (size > 1)} of {printable(Path(config['data_config']).stem)}"
     settings = {key: value for key, value in config.items() if key not in (*APART, *DATA)}
     versions = about.get("versions") or result.get("versions") or {}
-    commit = printable(about.get("commit"))
-    checksum = (about.get("settings") or {}).get("data")
-    need(checksum is None or isinstance(checksum, str), "data")
-    return Run(
-        path, kind, config["seed"],
-        {"tasks": f"{len(classes)} task{'s' * (len(classes) > 1)} of {stem}", **settings, "all_tasks": data},
-        names, json.dumps([*data[:-1], classes]), matrix, rounds, cost,
-        {"commit": commit[:10] + "+" * commit.endswith("+"), "hardware": printable(about.get("hardware")),
-         "torch": printable(versions.get("torch"))}, checksum,
-    )  # fmt: skip
+    commit, hardware, torch = (printable(x or "unknown") for x in (*map(about.get, ("commit", "hardware")),
+                                                                   versions.get("torch")))  # fmt: skip
+    about = {"commit": commit[:10] + "+" * commit.endswith("+"), "hardware": hardware, "torch": torch}
+    return Run(path, kind, config["seed"], {"tasks": tasks, **settings, "all_tasks": data}, names,
+               json.dumps([*data[:-1], classes]), matrix, rounds, cost, about, checksum)  # fmt: skip
 
 
 def printable(value):
@@ -296,12 +268,9 @@ def load_log_probs(run):
             raise ValueError("learners of other tasks")
         log_probs = [zoo.predict_log_probs(t) for t in range(len(classes))]
         found = [metrics.accuracy(p, y) for p, y in zip(log_probs, labels, strict=True)]
-    except RunError as e:
-        raise ConfigError(str(e)) from e
     except OSError as e:
         raise ConfigError(f"{e.filename or folder}: cannot be read ({e.strerror}); an ensemble needs it") from e
-    except (RuntimeError, EOFError, KeyError, IndexError, TypeError, ValueError, AttributeError,
-            pickle.UnpicklingError) as e:  # fmt: skip
+    except Exception as e:  # what another program wrote raises nearly anything
         raise ConfigError(f"{folder}: its predictions are damaged or foreign ({printable(e)[:80]})") from e
     # A hundredth, because devices may break ties between classes in different ways.
     if any(abs(a - b) > 0.01 for a, b in zip(found, run.matrix[-1], strict=True)):
@@ -320,9 +289,8 @@ def make_ensemble(paths):
     for i, run in enumerate(runs):
         if run.tasks != first.tasks:
             raise ConfigError(f"--ensemble: {first.path} and {run.path} are not over the same tasks")
-        for other in runs[:i]:
-            if _member(run) == _member(other):
-                raise ConfigError(f"--ensemble: {other.path} and {run.path} are the same run: settings and seed agree")
+        if twin := next((other for other in runs[:i] if _member(other) == _member(run)), None):
+            raise ConfigError(f"--ensemble: {twin.path} and {run.path} are the same run: settings and seed agree")
     predictions, all_labels = zip(*map(load_log_probs, runs), strict=True)
     for run, labels in zip(runs, all_labels, strict=True):
         if not all(a.equal(b) for a, b in zip(labels, all_labels[0], strict=True)):
@@ -336,13 +304,12 @@ def make_ensemble(paths):
         alike = len({(run.data, *_data_key(run)) for run in runs}) == 1 and runs[0].data
         whole = all(run.settings["replay_frac"] == 1 for run in runs)
         cost["stored_rows"] = max(costs["stored_rows"]) if alike and whole else None
-    kinds = {run.kind for run in runs}
+    kind = first.kind if all(run.kind == first.kind for run in runs) else "runs"
     about = {key: "; ".join(dict.fromkeys(run.about[key] for run in runs)) for key in first.about}
     settings = {k: v for k, v in first.settings.items() if all(run.settings.get(k) == v for run in runs)}
-    kind = f"ensemble of {len(runs)} {kinds.pop() if len(kinds) == 1 else 'runs'}"
     members = tuple(sorted(runs, key=_member))
-    return Run(" ".join(map(str, paths)), kind, tuple(run.seed for run in members), settings, first.names,
-               first.tasks, [row], [], cost, about, members=members)  # fmt: skip
+    return Run(" ".join(map(str, paths)), f"ensemble of {len(runs)} {kind}", tuple(run.seed for run in members),
+               settings, first.names, first.tasks, [row], [], cost, about, members=members)  # fmt: skip
 
 
 def _key(run):
@@ -384,11 +351,11 @@ def group_runs(runs):
         else:
             seeds[run.seed] = run
     members = [[seeds[seed] for seed in sorted(seeds)] for seeds in found.values()]
-    alike, labels = [], []
+    groups, alike = [], []
     for runs in members:
         alike.append(_label(runs[0], [other[0] for other in members if other is not runs]))
         label = alike[-1] + f" ({alike.count(alike[-1])})" * (alike[-1] in alike[:-1])
-        labels.append(label)
+        groups.append(Group(label, runs))
         drawn = [_member(member) for run in runs for member in run.members]
         if len(set(drawn)) < len(drawn):
             notes.append(f"{label}: the ensembles share runs, so they are alike by more than chance and the spread "
@@ -400,7 +367,7 @@ def group_runs(runs):
     if pair := _on_other_data(singles, lambda run: (run.seed, *_data_key(run))):
         notes.append(f"{pair[0].path} and {pair[1].path} have the same tasks, samples and seed, but were run on "
                      "different data: what stands beside each other here is not comparable")  # fmt: skip
-    return [Group(label, runs) for label, runs in zip(labels, members, strict=True)], notes
+    return groups, notes
 
 
 def _label(run, others):
@@ -424,10 +391,8 @@ def differing(runs):
 
 def setting_text(run, key):
     """A setting in words; "" where it means nothing for this kind of run."""
-    if key not in run.settings or (key in ZOO_FLAGS and run.settings.get("method") in ("multihead", *PEER_KINDS)):
-        return ""
-    value = run.settings[key]
-    if key in peers.FLAGS and value is None:
+    value, other = run.settings.get(key), run.settings.get("method") in ("multihead", *PEER_KINDS)
+    if key not in run.settings or (key in ZOO_FLAGS and other) or (key in peers.FLAGS and value is None):
         return ""
     if key == "samples" and value is None:
         return "all samples"
