@@ -1,6 +1,7 @@
 """What the numbers of a few seeds say: mean, spread, interval, paired and unpaired differences, outliers."""
 import math
 import statistics
+import warnings
 from dataclasses import astuple, dataclass, fields, replace
 from itertools import combinations
 
@@ -44,7 +45,7 @@ def summarise(values):
         return Summary(n, mean, sd)
     if sd < ROUND_OFF:
         return Summary(n, mean, sd, mean, mean)
-    return Summary(n, mean, sd, *_ends(stats.ttest_1samp(values, 0)))
+    return Summary(n, mean, sd, *_t_test(stats.ttest_1samp, values, popmean=0))
 
 
 def welch(a, b):
@@ -52,12 +53,15 @@ def welch(a, b):
     n, mean = f"{len(a)}, {len(b)}", statistics.fmean(a) - statistics.fmean(b)
     if min(len(a), len(b)) < FEWEST or statistics.stdev(a) + statistics.stdev(b) < ROUND_OFF:
         return Summary(n, mean)
-    return Summary(n, mean, None, *_ends(stats.ttest_ind(a, b, equal_var=False)))
+    return Summary(n, mean, None, *_t_test(stats.ttest_ind, a, b, equal_var=False))
 
 
-def _ends(test):
+def _t_test(test, *values, **options):
     """Ends of the interval, and p, of one of scipy's t-tests."""
-    return (*map(float, test.confidence_interval(LEVEL)), float(test.pvalue))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of values nearly alike: one group's may be, and it is right
+        found = test(*values, **options)
+    return (*map(float, found.confidence_interval(LEVEL)), float(found.pvalue))
 
 
 def find_outlier(values):
