@@ -54,10 +54,11 @@ def warnings(groups, found, shown):
             (0 < transferred < n, f"forward transfer is of {transferred} of {n} seeds: Isolated has no others"),
             *((True, f"its runs are of different {what}") for what in differ)) if holds]  # fmt: skip
     how = {"paired": ": the differences are on these", "Welch": ", too few for pairs: Welch's test is on all"}
-    for a, b, metric, test in shown[["group", "minus", "metric", "test"]].itertuples(index=False):
-        of_a, of_b = found[a][metric].keys(), found[b][metric].keys()
+    main = shown[shown["metric"] == "average_accuracy"]
+    for a, b, test in zip(main["group"], main["minus"], main["test"], strict=True):
+        of_a, of_b = (found[label]["average_accuracy"].keys() for label in (a, b))
         shared, n = len(of_a & of_b), max(len(of_a), len(of_b))
-        if metric == "average_accuracy" and 0 < shared < n:
+        if 0 < shared < n:
             lines.append(f"{a} minus {b}: {shared} of {n} seeds are shared{how[test]}")
     if len(tasks := name_tasks(groups)) > 1:
         lines.append(f"groups over different tasks are not compared with each other: {'; '.join(tasks.values())}")
@@ -83,10 +84,10 @@ def make_tables(groups, numbers, shown):
     Returns:
         dict title -> (frame of texts, how each of its columns is aligned: left for texts, right for numbers).
     """
-    costs = runs.make_frame(groups).groupby("group", sort=False)[list(runs.COSTS)].mean()
+    alone, main = numbers["minus"].isna(), numbers["metric"] == "average_accuracy"
+    costs = numbers[alone].pivot(index="group", columns="metric", values="mean").reindex(columns=runs.COSTS)
     unused = {"stored_rows": costs["stored_rows"].isna(), "stored_numbers": costs["stored_numbers"].fillna(0) == 0}
     costs = costs.drop(columns=[key for key, of_groups in unused.items() if of_groups.all()])
-    alone, main = numbers["minus"].isna(), numbers["metric"] == "average_accuracy"
     accuracy = numbers[alone & main].drop(columns=["minus", "metric", "test", "p"])
     others = numbers[alone & ~main & ~numbers["metric"].isin(runs.COSTS)].drop(columns=["minus", "test", "p"])
     title = "Differences (percentage points; p not corrected for many tests)"
