@@ -13,7 +13,7 @@ import multihead
 from multihead import train_epochs
 from net.build_net import build_net
 from tests.conftest import CONV, flags, make_arrays, write_yaml
-from tests.test_report import make_run, make_seeds, report_of
+from tests.runfolders import make_run, make_seeds, report_of
 from tools import peers
 from tools.runs import group_runs, read_run
 from utils.command import guard
@@ -104,7 +104,7 @@ def test_report_names_the_methods_and_shows_rows_stored(tmp_path, capsys):
     names = ["Model Zoo", "Avalanche Replay, memory 12", "Avalanche Replay, memory 24", "Avalanche JointTraining"]
     assert [group.label for group in groups] == names
     assert report_of(*folders, "--format", "markdown") == 0
-    out = capsys.readouterr().out
+    out = squeeze(capsys.readouterr().out)
     assert "| rows trained | rows stored | parameters | seconds |" in out
     assert "| Avalanche Replay, memory 24 | 1 | 60.00 | – | – | – | 1.0 | 300 | 24 | 40 | 2 |" in out
     assert "| Model Zoo | 2 | 75.00 | 7.07 | – | – | 1.5 | 300 | – | 40 | 2 |" in out
@@ -120,7 +120,7 @@ def test_report_shows_numbers_stored_where_some_are(tmp_path, capsys):
         result = json.loads((folders[-1] / "result.json").read_text())
         (folders[-1] / "result.json").write_text(json.dumps(result | {"stored_rows": 0, "stored_numbers": numbers}))
     assert report_of(*folders, "--format", "markdown") == 0
-    out = capsys.readouterr().out
+    out = squeeze(capsys.readouterr().out)
     assert "| rows stored | numbers stored | parameters | seconds |" in out
     assert "| Avalanche EWC | 1 | 60.00 | – | – | – | 1.0 | 300 | 0 | 160 | 40 | 2 |" in out
     assert "| Avalanche Naive | 1 | 60.00 | – | – | – | 1.0 | 300 | 0 | 0 | 40 | 2 |" in out

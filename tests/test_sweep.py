@@ -1,7 +1,6 @@
 """The sweep: the runs of a grid are those of the ordinary commands, wherever they are made."""
 import contextlib
 import importlib.util
-import io
 import json
 import os
 import secrets
@@ -17,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 
 import modelzoo
 import multihead
@@ -277,10 +275,10 @@ def count_nodes(environment, address):
     return int(asked.stdout or 0)
 
 
-def test_table_of_a_sweep_is_in_per_cent(files):
-    console = Console(file=io.StringIO(), width=100)
-    console.print(sweep.make_table([sweep.Row(Path("runs/a"), "done", 0.8125, 3.0, "node")], live=False))
-    assert "a done 81.25 3.0 node" in " ".join(console.file.getvalue().split())
+def test_table_of_a_sweep_is_in_per_cent(capsys):
+    sweep.print_rows([sweep.Row(Path("runs/a"), "done", 0.8125, 3.0, "node"), sweep.Row(Path("runs/b"), "failed")])
+    out = " ".join(capsys.readouterr().out.split())
+    assert " a 81.25 3.0 done node b failed 1 done, 1 failed" in out
 
 
 def test_a_finished_run_of_another_precision_is_not_taken_for_this_one(files):
