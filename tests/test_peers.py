@@ -13,7 +13,7 @@ import multihead
 from multihead import train_epochs
 from net.build_net import build_net
 from tests.conftest import CONV, flags, make_arrays, write_yaml
-from tests.runfolders import make_run, make_seeds, report_of
+from tests.runfolders import make_run, make_seeds, report_of, squeeze
 from tools import peers
 from tools.runs import group_runs, read_run
 from utils.command import guard
