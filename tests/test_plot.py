@@ -2,13 +2,14 @@
 import json
 import math
 import sys
+from pathlib import Path
 
 import pytest
 
-import multihead
-from tests.test_report import make_run, make_seeds
+from tests.runfolders import make_run, make_seeds
 from tools import plot
 from tools.runs import group_runs, read_run
+from utils.command import guard
 
 colors = pytest.importorskip("matplotlib.colors")
 
@@ -17,7 +18,7 @@ MAGIC = {"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}
 
 def plot_of(*arguments):
     """Exit status of plot.py."""
-    return multihead.guard("plot.py", lambda: plot.main([str(a) for a in arguments]))
+    return guard("plot.py", lambda: plot.main([str(a) for a in arguments]))
 
 
 def figure_of(kind, folders):
@@ -75,25 +76,26 @@ def test_joint_draws_accuracy_against_the_number_of_tasks(joint):
         assert list(axis.lines[0].get_ydata()) == pytest.approx(ys)
 
 
-def test_bars_are_means_with_intervals_and_dots(zoo, joint):
-    figure = figure_of("bars", [*zoo, joint[1]])
+def test_dots_are_means_with_intervals_on_an_axis_that_starts_where_the_data_are(zoo, joint):
+    figure = figure_of("dots", [*zoo, joint[1]])
     axis = figure.axes[0]
     # zoo's averages 71.33, 74.33 and 77.33; Multi-Head's 70
-    assert [bar.get_width() for bar in axis.patches] == [pytest.approx(74 + 1 / 3), pytest.approx(70)]
+    means = [line.get_xdata()[0] for line in axis.lines if line.get_marker() in plot.MARKS]
+    assert means == [pytest.approx(74 + 1 / 3), pytest.approx(70)]
     assert [t.get_text() for t in axis.texts] == ["74.3 ± 7.5  (n = 3)", "70.0  (n = 1)"]
     assert [t.get_text() for t in axis.get_yticklabels()] == ["Model Zoo", "Multi-Head"]
-    assert len({colors.to_hex(bar.get_facecolor()) for bar in axis.patches}) == 2
-    assert axis.patches[1].get_hatch()
+    assert len({line.get_marker() for line in axis.lines if line.get_marker() in plot.MARKS}) == 2
+    low, high = axis.get_xlim()
+    assert 60 < low < 74.33333 - 7.45241 and 74.33333 + 7.45241 < high < 90
+    assert axis.get_xlabel() == "average accuracy (%); mean over seeds, whisker and ±: 95 % interval, grey: each seed"
 
 
-def test_bars_keep_their_text_where_the_interval_passes_100(tmp_path):
+def test_dots_keep_their_text_where_the_interval_passes_100(tmp_path):
     """Found by review: the text stood where the interval ends, beyond the axis, and was clipped away."""
-    figure = figure_of("bars", make_seeds(tmp_path, "zoo", [0.97, 0.999, 0.93]))
-    figure.draw_without_rendering()
+    figure = figure_of("dots", make_seeds(tmp_path, "zoo", [0.97, 0.999, 0.93]))
     (text,) = figure.axes[0].texts
     # mean 96.63, sd 3.465, half width 4.302653 x 3.465 / sqrt(3) = 8.6
     assert text.get_text() == "96.6 ± 8.6  (n = 3)"
-    assert text.xy[0] == 100
     assert text.get_annotation_clip() is False
     assert figure.axes[0].bbox.x1 < text.get_window_extent().x0 < text.get_window_extent().x1 <= figure.bbox.x1
 
@@ -112,9 +114,10 @@ def test_matrix_shows_means_of_what_was_seen(zoo, joint):
     assert shown == [["53.0", "63.0", "73.0", "65.0", "75.0", "83.0"], ["60.0", "70.0", "80.0"]]
 
 
-@pytest.mark.parametrize(("kind", "ending"), [(k, "svg") for k in plot.KINDS] + [("seen", "png"), ("seen", "pdf")])
+@pytest.mark.parametrize(("kind", "ending"), [
+    *((k, "svg") for k in [*plot.KINDS, "schematic"]), ("seen", "png"), ("seen", "pdf")])  # fmt: skip
 def test_every_kind_becomes_the_same_file_every_time(tmp_path, capsys, zoo, isolated, joint, kind, ending):
-    runs = joint if kind == "joint" else zoo if kind == "draws" else zoo + isolated
+    runs = {"joint": joint, "draws": zoo, "schematic": []}.get(kind, zoo + isolated)
     files = [tmp_path / f"{i}.{ending}" for i in range(1 + (ending == "svg"))]
     for file in files:
         assert plot_of(kind, *runs, "--file", file) == 0
@@ -127,7 +130,7 @@ def test_every_kind_becomes_the_same_file_every_time(tmp_path, capsys, zoo, isol
 def test_many_tasks_have_their_names(tmp_path):
     names = [f"superclass number {t}, and a long name" for t in range(23)]
     folders = [make_run(tmp_path / f"{s}", [[0.5] * 23] * 23, seed=s, names=names) for s in range(2)]
-    for kind in ("seen", "matrix", "draws"):
+    for kind in ("methods", "seen", "matrix", "draws"):
         assert plot.save(figure_of(kind, folders), "png").startswith(MAGIC["png"])
     assert figure_of("seen", folders).axes[22].get_title() == "superclass number 22, and…"
 
@@ -153,7 +156,7 @@ def test_dollars_in_names_are_no_mathematics(tmp_path):
     """Found by review: a traceback, or italics."""
     run = make_run(tmp_path / "run", [[0.5, 0.5]] * 2, names=["$_$ b", "costs $5 to $10"])
     with plot.style():
-        for kind in ("seen", "matrix", "draws", "bars"):
+        for kind in ("methods", "seen", "matrix", "draws", "dots"):
             assert plot.save(figure_of(kind, [run]), "png").startswith(MAGIC["png"])
 
 
@@ -176,22 +179,22 @@ def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch, zoo, isolated, joi
 def test_missing_matplotlib_is_one_line(tmp_path, capsys, monkeypatch, zoo):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert plot_of("seen", *zoo, "--file", tmp_path / "a.png") == 2
-    assert capsys.readouterr().err == "plot.py: figures need matplotlib: pip install matplotlib\n"
+    assert capsys.readouterr().err == "plot.py: matplotlib is not installed: pip install -r requirements.txt\n"
 
 
 def test_groups_over_other_tasks_and_single_tasks_have_their_places(tmp_path):
     folders = make_seeds(tmp_path, "zoo", [0.5, 0.6]) + [make_run(tmp_path / "one", [[0.5]])]
     groups = group_runs([read_run(folder) for folder in folders])[0]
-    assert plot.choose("bars", groups)[0] == groups[:1]
+    assert plot.choose("dots", groups)[0] == groups[:1]
     assert plot.save(plot.draw("seen", groups[1:]), "svg").startswith(MAGIC["svg"])
 
 
-def test_bars_have_whiskers_of_the_interval_and_a_dot_a_seed(zoo):
-    axis = figure_of("bars", zoo).axes[0]
-    (whisker,) = axis.containers[-1].errorbar[2][0].get_segments()
+def test_dots_have_whiskers_of_the_interval_and_a_dot_for_each_seed(zoo):
+    axis = figure_of("dots", zoo).axes[0]
+    (whisker,) = axis.containers[-1].lines[2][0].get_segments()
     # mean 74.333, sd 3, n = 3: half width 4.302653 x 3 / sqrt(3) = 7.45241
     assert whisker[:, 0].tolist() == pytest.approx([74.33333 - 7.45241, 74.33333 + 7.45241])
-    dots = axis.collections[-1].get_offsets()
+    dots = axis.collections[0].get_offsets()
     assert dots[:, 0].tolist() == pytest.approx([71.33333, 74.33333, 77.33333])
 
 
@@ -225,3 +228,60 @@ def test_isolated_has_a_whisker_of_the_interval(tmp_path, zoo):
     ((low, high),) = axis.collections[-1].get_segments()
     # mean 53, sd 3, n = 3: half width 7.45241; at the task's own place, the second
     assert [*low, *high] == pytest.approx([2, 53 - 7.45241, 2, 53 + 7.45241])
+
+
+def test_methods_draws_each_task_and_the_mean_of_those_seen(zoo, isolated, joint):
+    """A panel per method; the zoo's rows are 53; 63, 73; 65, 75, 83 as means over its three seeds."""
+    figure = figure_of("methods", [*zoo, *isolated, joint[1]])
+    first, second, third = figure.axes[:3]
+    assert [axis.get_title() for axis in (first, second, third)] == ["Model Zoo", "Isolated", "Multi-Head"]
+    *tasks, mean = first.lines
+    assert [list(line.get_xdata()) for line in tasks] == [[1, 2, 3], [2, 3], [3]]
+    assert [list(line.get_ydata()) for line in tasks] == [pytest.approx(y) for y in ([53, 63, 65], [73, 75], [83])]
+    assert list(mean.get_ydata()) == pytest.approx([53, 68, 74 + 1 / 3])
+    band = first.collections[-1].get_paths()[0].vertices[:, 1]
+    assert (min(band), max(band)) == (pytest.approx(53 - 7.45241), pytest.approx(74.33333 + 7.45241))
+    assert list(second.lines[-1].get_ydata()) == pytest.approx([50, 55, 60])
+    assert list(third.lines[0].get_ydata()) == pytest.approx([70, 70])  # nothing arrives: its end, all along
+    assert [axis.texts[0].get_text() for axis in (first, second, third)] == ["74.3", "60.0", "70.0"]
+    assert "95 % interval" in figure.get_suptitle()
+
+
+def test_one_seed_has_neither_band_nor_mean_over_seeds(zoo, isolated):
+    figures = [figure_of(kind, [zoo[0], *isolated][: 1 + (kind != "draws")]) for kind in plot.KINDS if kind != "joint"]
+    for figure in figures:
+        figure.draw_without_rendering()
+        words = [text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text"))]
+        assert not [text for text in words if "over seeds" in text or "interval" in text or "share" in text]
+        assert any(text.strip().endswith("; 1 seed") for text in words)
+
+
+def test_every_figure_says_what_it_is_of(zoo):
+    for kind in ("methods", "seen", "dots", "draws", "matrix"):
+        texts = [text.get_text().strip() for text in figure_of(kind, zoo).texts]
+        assert "toy, 3 tasks; conv, 2 epochs; 3 seeds" in texts
+
+
+def test_letters_of_other_scripts_have_a_font_or_one_line(tmp_path, capsys, monkeypatch):
+    """Found by use: dozens of warnings."""
+    font_manager = pytest.importorskip("matplotlib.font_manager")
+    run = make_run(tmp_path / "run", [[0.5] * 5] * 5, names=["grüße", "日本\ue123", "שלום", "é", "👍"])
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", [])
+    assert plot_of("methods", run, "--file", tmp_path / "a.png") == 0
+    assert capsys.readouterr().err == ""  # the tasks' names are not in this figure
+    assert plot_of("matrix", run, "--file", tmp_path / "a.png") == 0
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "no font of this machine has 日本" in err and "fonts-noto-cjk" in err
+
+
+def test_letters_that_matplotlibs_font_lacks_come_from_another(monkeypatch):
+    font_manager = pytest.importorskip("matplotlib.font_manager")
+    own = Path(font_manager.findfont("DejaVu Sans"))
+    # As if DejaVu were another font, found on this machine, and matplotlib's own were one of few letters.
+    monkeypatch.setattr(font_manager, "findfont", lambda name: str(own.with_name("cmr10.ttf")))
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", [
+        font_manager.FontEntry(str(own.with_name("gone.ttf")), "Gone", weight=400),
+        font_manager.FontEntry(str(own), "Another", weight=400)])  # fmt: skip
+    assert plot.find_fonts("abc") == (["DejaVu Sans"], "")
+    assert plot.find_fonts("aßж") == (["DejaVu Sans", "Another"], "")
+    assert plot.find_fonts("aж日") == (["DejaVu Sans", "Another"], "日")

@@ -9,12 +9,13 @@ import io
 import json
 import math
 import sys
+import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools.runs import group_runs, read_runs
-from tools.stats import FEWEST, measure, summarise
+from tools.runs import describe_groups, group_runs, make_frame, printable, read_runs, require
+from tools.stats import FEWEST, LEVEL, measure, summarise
 from utils.command import guard
 from utils.config import Parser
 from utils.config_files import ConfigError
@@ -24,16 +25,16 @@ WIDTH = 7.2  # inches, of a page's text
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = ("-", "--", "-.", ":")
 MARKS = ("o", "s", "^", "D", "v", "P", "*")
-HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo")
 COLOUR_MAP = "cividis"  # light to dark in grey as well
 STYLE = {
     "font.size": 8, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6,
     "xtick.major.width": 0.6, "ytick.major.width": 0.6, "lines.linewidth": 1.3, "lines.markersize": 3.5,
-    "hatch.linewidth": 0.6, "savefig.dpi": 200, "legend.frameon": False,
+    "savefig.dpi": 200, "legend.frameon": False,
     "text.parse_math": False,  # a $ in a task's name is a $
     "pdf.fonttype": 42,  # fonts that journals accept
     "svg.hashsalt": "modelzoo",  # the same runs give the same file
 }  # fmt: skip
+INTERVAL = f"{100 * LEVEL:.0f} % interval"
 NO_DATE = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}
 
 
@@ -44,12 +45,32 @@ def style():
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ModuleNotFoundError as e:
-        raise ConfigError("figures need matplotlib: pip install matplotlib") from e
-    with matplotlib.rc_context(STYLE):
+    with require("matplotlib").rc_context(STYLE):
         yield
+
+
+def find_fonts(text):
+    """Fonts of this machine that between them have every letter of `text`, and the letters that none has.
+
+    Returns:
+        fonts: families, matplotlib's own first.
+        missing: a text.
+    """
+    from matplotlib import font_manager, ft2font
+
+    fonts, missing = ["DejaVu Sans"], set(text) - set("\n")
+    own = font_manager.findfont(fonts[0])
+    for entry in [own, *sorted(font_manager.fontManager.ttflist, key=lambda entry: (entry.weight != 400, entry.name))]:
+        if not missing:
+            break
+        try:
+            has = ft2font.FT2Font(getattr(entry, "fname", entry)).get_charmap()
+        except (OSError, RuntimeError):  # a font that went, or a broken one
+            continue
+        if entry != own and any(ord(c) in has for c in missing):
+            fonts.append(entry.name)
+        missing = {c for c in missing if ord(c) not in has}
+    return fonts, "".join(sorted(missing))
 
 
 def make_figure(height, **layout):
@@ -83,7 +104,8 @@ def choose(kind, groups):
             skipped.append(f"{group.label}: not over the same tasks as {chosen[0].label}")
         else:
             chosen.append(group)
-    alone = {"joint": len(chosen) < 2, "seen": all(group.runs[0].kind == "Isolated" for group in chosen)}
+    alone = {"joint": len(chosen) < 2, "seen": all(group.runs[0].kind == "Isolated" for group in chosen),
+             "methods": not any(map(_has_curves, (group.runs[0] for group in chosen)))}  # fmt: skip
     if alone.get(kind):
         return [], skipped + [f"{group.label}: alone it makes no figure {kind}" for group in chosen]
     return chosen, skipped
@@ -148,11 +170,7 @@ def _panels(curves, crosses, names, xlabel):
             line, = axis.plot(list(at), [100 * s.mean for s in at.values()], color=colour, marker=MARKS[i % len(MARKS)],
                               linestyle=LINES[i % len(LINES)], markersize=2.5)  # fmt: skip
             handles.setdefault(label, line)
-            ends = {x: s for x, s in at.items() if s.low is not None}
-            axis.fill_between(list(ends), [100 * s.low for s in ends.values()], [100 * s.high for s in ends.values()],
-                              color=colour, alpha=0.2, linewidth=0)  # fmt: skip
-            if len(ends) == 1:  # a band of no width would not be seen
-                _whisker(axis, *ends.popitem(), colour)
+            _band(axis, at, colour, 0.2)
         for i, (label, by_task) in enumerate(crosses.items()):
             s = summarise(by_task[t])
             axis.axhline(100 * s.mean, color="black", linestyle=LINES[-1 - i % len(LINES)], linewidth=0.6)
@@ -169,37 +187,122 @@ def _panels(curves, crosses, names, xlabel):
         axes[0, 0].xaxis.get_major_locator().set_params(integer=True)
     figure.supxlabel(xlabel, fontsize=8)
     figure.supylabel("test accuracy (%)", fontsize=8)
-    title = "mean over seeds; band, whisker: 95 % interval" if banded else None
+    title = f"mean over seeds; band, whisker: {INTERVAL}" if banded else None
     figure.legend(handles.values(), handles, loc="outside upper center", ncols=3, title=title, title_fontsize=8)
     return figure
+
+
+def _band(axis, at, colour, alpha):
+    """The intervals of `at`, x -> `Summary`, as a band, where they have one."""
+    ends = {x: s for x, s in at.items() if s.low is not None}
+    axis.fill_between(list(ends), [100 * s.low for s in ends.values()], [100 * s.high for s in ends.values()],
+                      color=colour, alpha=alpha, linewidth=0)  # fmt: skip
+    if len(ends) == 1:  # a band of no width would not be seen
+        _whisker(axis, *ends.popitem(), colour)
 
 
 def _whisker(axis, x, summary, colour):
     axis.vlines(x, 100 * summary.low, 100 * summary.high, color=colour, linewidth=0.8)
 
 
-def draw_bars(groups):
-    """Average accuracy of every group, its 95 % interval, and a dot a seed."""
+def draw_methods(groups):
+    """A panel per method: a thin line for each task from where it arrives, and the mean over the tasks seen so far."""
+    frame = make_frame(groups, "round")
+    columns = min(len(groups), 3)
+    rows = math.ceil(len(groups) / columns)
+    figure = make_figure(0.9 + 1.75 * rows)
+    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    last = max(len(group.runs[0].matrix) for group in groups)
+    seeds = {len(group.runs) for group in groups}
+    for i, (axis, group) in enumerate(zip(axes.flat, groups, strict=False)):
+        of_group, colour = frame[frame.group == group.label], COLOURS[i % len(COLOURS)]
+        means = of_group.groupby(["run", "round"]).accuracy.mean().groupby("round")
+        if _has_curves(group.runs[0]):
+            tasks = of_group.groupby(["task", "round"]).accuracy.mean()
+            for _, of_task in tasks.groupby("task"):
+                axis.plot(of_task.index.get_level_values("round"), 100 * of_task, color=colour, alpha=0.6,
+                          linewidth=0.8, marker="o", markersize=2)  # fmt: skip
+            at = {k: summarise(list(values)) for k, values in means}
+            axis.plot(list(at), [100 * s.mean for s in at.values()], color="black", linewidth=2.0, marker="o")
+            _band(axis, at, "black", 0.15)
+        else:  # all tasks at once: nothing arrives
+            at = {1: summarise([mean for _, values in means for mean in values])}
+            axis.axhline(100 * at[1].mean, color="black", linewidth=2.0, linestyle="--")
+        axis.set_title(_fold(group.label, 28), fontweight="bold")
+        end = 100 * at[max(at)].mean
+        axis.annotate(f"{end:.1f}", (1, end), (4, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
+                      fontweight="bold", va="center", annotation_clip=False)  # fmt: skip
+        axis.grid(axis="y", color="#dddddd", linewidth=0.5)
+    for axis in axes.flat[len(groups) :]:
+        axis.set_visible(False)
+    axes[0, 0].set_xlim(0.7, last + 0.3)
+    axes[0, 0].set_ylim(top=min(axes[0, 0].get_ylim()[1], 102))
+    axes[0, 0].set_xticks(range(1, last + 1, math.ceil(last / 10)))
+    figure.supxlabel("tasks seen", fontsize=8)
+    figure.supylabel("test accuracy (%)", fontsize=8)
+    words = "black: mean over the tasks seen so far; thin: each task"
+    figure.suptitle(words + f"; band: {INTERVAL}" * (max(seeds) >= FEWEST), fontsize=8)
+    return figure
+
+
+def draw_dots(groups):
+    """Average accuracy of every group: its mean and 95 % interval, and a small dot for each seed."""
     found = measure(groups)
     labels = [_fold(group.label) for group in groups]
-    figure = make_figure(0.6 + (0.2 + 0.14 * max(label.count("\n") + 1 for label in labels)) * len(groups))
+    figure = make_figure(0.8 + (0.2 + 0.14 * max(label.count("\n") + 1 for label in labels)) * len(groups))
     axis = figure.subplots()
     for i, group in enumerate(groups):
         values = [100 * x for x in found[group.label]["average_accuracy"].values()]
         s = summarise(values)
         half = None if s.low is None else s.high - s.mean
-        axis.barh(i, s.mean, 0.62, color=COLOURS[i % len(COLOURS)], alpha=0.75, hatch=HATCHES[i % len(HATCHES)],
-                  edgecolor="white", xerr=half, error_kw={"capsize": 3, "linewidth": 1})  # fmt: skip
-        axis.scatter(values, [i] * len(values), s=9, facecolor="white", edgecolor="black", linewidth=0.6, zorder=3,
-                     clip_on=False)  # fmt: skip
+        if s.n > 1:
+            axis.scatter(values, [i + 0.22] * s.n, s=7, color="#888888", linewidth=0)
+        axis.errorbar(s.mean, i, xerr=half, color=COLOURS[i % len(COLOURS)], marker=MARKS[i % len(MARKS)], markersize=6,
+                      capsize=3, linewidth=1.5, zorder=3)  # fmt: skip
         text = f"{s.mean:.1f}" + f" ± {half or 0:.1f}" * (half is not None) + f"  (n = {s.n})"
-        end = min(max([s.high or 0, *values]), 100)  # where the axis ends; an interval may pass it
-        axis.annotate(text, (end, i), (5, 0), textcoords="offset points", va="center", annotation_clip=False)
+        axis.annotate(text, (1, i), (5, 0), xycoords=("axes fraction", "data"), textcoords="offset points", va="center",
+                      annotation_clip=False)  # fmt: skip
     axis.set_yticks(range(len(groups)), labels)
-    axis.invert_yaxis()
-    axis.set_xlim(0, 100)
-    axis.set_xlabel("average accuracy (%); bar: mean over seeds, whisker: 95 % interval, dot: a seed")
+    axis.set_ylim(len(groups) - 0.4, -0.6)
+    axis.grid(axis="x", color="#dddddd", linewidth=0.5)
+    several = max(len(group.runs) for group in groups)
+    words = f"; mean over seeds, whisker and ±: {INTERVAL}, grey: each seed" * (several >= FEWEST)
+    axis.set_xlabel("average accuracy (%)" + (words or "; mean over seeds, grey: each seed" * (several > 1)))
     return figure
+
+
+def draw_schematic(_):
+    """What a zoo is, without any run: the tasks, which of them each learner trained on, and the mean that predicts."""
+    trained = [(0,), (0, 1), (1, 2), (0, 2, 3), (1, 2, 4)]
+    figure = make_figure(2.7)
+    axis = figure.subplots()
+    axis.set_axis_off()
+    axis.set_aspect("equal")
+    boxed = {"ha": "center", "va": "center"}
+    for k, tasks in enumerate(trained):
+        axis.text(0.6, -k, f"round {k + 1}: learner {k + 1}", ha="right", va="center")
+        for t in range(5):
+            new, known = t == tasks[-1], t in tasks
+            colour = COLOURS[1] if new else COLOURS[0] if known else "white"
+            axis.add_patch(_square(1.1 + t, -k, colour, "#bbbbbb"))
+    for t in range(5):
+        axis.text(1.1 + t, 0.75, f"task {t + 1}", **boxed)
+    axis.add_patch(_square(3.1, -2, "none", "black", height=5.1, width=1.0))
+    axis.annotate("", (7.6, -2), (3.7, -2), arrowprops={"arrowstyle": "->", "linewidth": 1.2})
+    axis.text(7.8, -2, "prediction for task 3:\nmean of the probabilities of\nlearners 3, 4 and 5", va="center")
+    for i, (colour, words) in enumerate(((COLOURS[1], "the new task"), (COLOURS[0], "past tasks, drawn where the\n"
+                                        "zoo's training loss is high"))):  # fmt: skip
+        axis.add_patch(_square(8.05, -3.6 - 0.9 * i, colour, "#bbbbbb", height=0.5, width=0.5))
+        axis.text(8.5, -3.6 - 0.9 * i, words, va="center")
+    axis.set_xlim(-2.4, 12.6)
+    axis.set_ylim(-5.0, 1.1)
+    return figure
+
+
+def _square(x, y, colour, edge, height=0.8, width=0.8):
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((x - width / 2, y - height / 2), width, height, facecolor=colour, edgecolor=edge, linewidth=1.0)
 
 
 def _fold(label, width=34):
@@ -239,11 +342,13 @@ def draw_draws(groups):
             _rounds_axis(axis, len(rounds))
     for axis in axes[-1]:
         _tasks_axis(axis, groups[0].runs[0].names)
-    words = "share of seeds; dot: the new task" if any(g.runs[0].settings["continual"] for g in groups) else "share"
+    several = max(len(group.runs) for group in groups) > 1
+    words = "share of seeds" if several else "trained on"
+    words += "; dot: the new task" * any(g.runs[0].settings["continual"] for g in groups)
     figure.colorbar(shares, ax=axes[:, 0].tolist(), location="bottom", aspect=40, label=words)
     ticks = LogLocator(10, subs=(1, 1.2, 1.5, 2, 3, 5, 8) if norm.vmax < 20 * norm.vmin else (1,))
     bar = figure.colorbar(colours, ax=axes[:, 1].tolist(), location="bottom", aspect=40, ticks=ticks, format="{x:g}",
-                          label="weight w, mean over seeds")  # fmt: skip
+                          label="weight w" + ", mean over seeds" * several)  # fmt: skip
     bar.ax.xaxis.set_minor_locator(NullLocator())
     return figure
 
@@ -282,7 +387,8 @@ def draw_matrix(groups):
         axis.set_visible(False)
     for axis in axes[-1]:
         _tasks_axis(axis, names)
-    figure.colorbar(image, ax=axes.ravel().tolist(), location="bottom", label="test accuracy (%)", aspect=60)
+    label = "test accuracy (%)" + ", mean over seeds" * (max(len(group.runs) for group in groups) > 1)
+    figure.colorbar(image, ax=axes.ravel().tolist(), location="bottom", label=label, aspect=60)
     return figure
 
 
@@ -311,7 +417,8 @@ def _has_curves(run):
 
 # kind: (title, which runs it can show, how it is drawn)
 KINDS = {
-    "bars": ("Average accuracy", lambda run: True, draw_bars),
+    "methods": ("Every task's accuracy as tasks arrive, method by method", lambda run: True, draw_methods),
+    "dots": ("Average accuracy", lambda run: True, draw_dots),
     "seen": ("Accuracy of every task as tasks arrive", _has_curves, draw_seen),
     "matrix": ("Accuracy on every task after every round", lambda run: True, draw_matrix),
     "draws": ("Which tasks each learner trained on, and the weights of the draw",
@@ -322,15 +429,40 @@ KINDS = {
 
 
 def draw(kind, groups):
-    """A matplotlib figure of groups that `choose` lets stand together, labelled by what tells these apart."""
+    """A matplotlib figure of groups that `choose` lets stand together, labelled by what tells these apart.
+
+    Below it stands what the groups are runs of. A letter that no font of this machine has becomes a box, and a line on
+    standard error names such letters.
+    """
+    groups = group_runs([run for group in groups for run in group.runs])[0]
     with style():
-        return KINDS[kind][2](group_runs([run for group in groups for run in group.runs])[0])
+        from matplotlib.text import Text
+
+        figure = (draw_schematic if kind == "schematic" else KINDS[kind][2])(groups)
+        if groups:
+            seeds = sorted({len(group.runs) for group in groups})
+            about = f"{describe_groups(groups)}; {' or '.join(map(str, seeds))} seed{'s' * (seeds != [1])}"
+            figure.text(1, 0, about + " ", ha="right", va="bottom", fontsize=6, color="#666666")
+            below = 0.14 / figure.get_figheight()
+            figure.get_layout_engine().set(rect=(0, below, 1, 1 - below))
+        texts = figure.findobj(Text)
+        fonts, missing = find_fonts("".join(text.get_text() for text in texts))
+        for text in texts if len(fonts) > 1 else ():
+            text.set_fontfamily(fonts)
+        if missing:
+            print(f"plot.py: no font of this machine has {printable(missing)[:60]}; install one that has, such as "
+                  "fonts-noto-cjk", file=sys.stderr)  # fmt: skip
+        with warnings.catch_warnings():  # of the letters that were named
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")
+            figure.draw_without_rendering()
+    return figure
 
 
 def save(figure, ending):
     """The figure as the bytes of a file; `ending` is png, pdf or svg."""
     data = io.BytesIO()
-    with style():
+    with style(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure.savefig(data, format=ending, metadata=NO_DATE[ending])
     return data.getvalue()
 
@@ -342,8 +474,9 @@ def main(argv=None):
         ConfigError: nothing to draw, or a wrong flag or file.
     """
     p = Parser(prog="plot.py", description="Figures of run folders; several seeds of the same settings are averaged.",
-               epilog="kinds: " + "; ".join(f"{kind}: {title}" for kind, (title, _, _) in KINDS.items()))  # fmt: skip
-    p.add_argument("kind", choices=KINDS)
+               epilog="kinds: " + "; ".join(f"{kind}: {title}" for kind, (title, _, _) in KINDS.items())
+               + "; schematic: what a zoo is, of no run")  # fmt: skip
+    p.add_argument("kind", choices=[*KINDS, "schematic"])
     p.add_argument("runs", nargs="*", metavar="RUN", help="run folders")
     p.add_argument("--ensemble", nargs="+", action="append", default=[], metavar="RUN", help="as in report.py")
     p.add_argument("--file", required=True, help="figure.pdf, figure.png or figure.svg")
@@ -351,10 +484,13 @@ def main(argv=None):
     ending = Path(flags.file).suffix[1:].lower()
     if ending not in NO_DATE:
         raise ConfigError(f"--file: {flags.file} must end in .{', .'.join(NO_DATE)}")
-    groups, notes = group_runs(read_runs("plot.py", flags.runs, flags.ensemble))
-    chosen, skipped = choose(flags.kind, groups)
-    if not chosen:
-        raise ConfigError(f"nothing to draw: {'; '.join(skipped)}")
+    if flags.kind == "schematic":
+        chosen, notes, skipped = [], [], []
+    else:
+        groups, notes = group_runs(read_runs("plot.py", flags.runs, flags.ensemble))
+        chosen, skipped = choose(flags.kind, groups)
+        if not chosen:
+            raise ConfigError(f"nothing to draw: {'; '.join(skipped)}")
     for line in notes + [f"skipped: {line}" for line in skipped]:
         print(f"plot.py: {line}", file=sys.stderr)
     data = save(draw(flags.kind, chosen), ending)
