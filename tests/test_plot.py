@@ -280,8 +280,8 @@ def test_letters_that_matplotlibs_font_lacks_come_from_another(monkeypatch):
     # As if DejaVu were another font, found on this machine, and matplotlib's own were one of few letters.
     monkeypatch.setattr(font_manager, "findfont", lambda name: str(own.with_name("cmr10.ttf")))
     monkeypatch.setattr(font_manager.fontManager, "ttflist", [
-        font_manager.FontEntry(str(own.with_name("gone.ttf")), "Gone", weight=400),
-        font_manager.FontEntry(str(own), "Another", weight=400)])  # fmt: skip
+        font_manager.FontEntry(fname=str(own.with_name("gone.ttf")), name="Gone", weight=400),
+        font_manager.FontEntry(fname=str(own), name="Another", weight=400)])  # fmt: skip
     assert plot.find_fonts("abc") == (["DejaVu Sans"], "")
     assert plot.find_fonts("aßж") == (["DejaVu Sans", "Another"], "")
     assert plot.find_fonts("aж日") == (["DejaVu Sans", "Another"], "日")
