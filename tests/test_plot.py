@@ -93,6 +93,7 @@ def test_dots_are_means_with_intervals_on_an_axis_that_starts_where_the_data_are
 def test_dots_keep_their_text_where_the_interval_passes_100(tmp_path):
     """Found by review: the text stood where the interval ends, beyond the axis, and was clipped away."""
     figure = figure_of("dots", make_seeds(tmp_path, "zoo", [0.97, 0.999, 0.93]))
+    figure.draw_without_rendering()
     (text,) = figure.axes[0].texts
     # mean 96.63, sd 3.465, half width 4.302653 x 3.465 / sqrt(3) = 8.6
     assert text.get_text() == "96.6 ± 8.6  (n = 3)"
@@ -155,9 +156,8 @@ def test_what_does_not_fit_costs_a_line(tmp_path, capsys, zoo, joint):
 def test_dollars_in_names_are_no_mathematics(tmp_path):
     """Found by review: a traceback, or italics."""
     run = make_run(tmp_path / "run", [[0.5, 0.5]] * 2, names=["$_$ b", "costs $5 to $10"])
-    with plot.style():
-        for kind in ("methods", "seen", "matrix", "draws", "dots"):
-            assert plot.save(figure_of(kind, [run]), "png").startswith(MAGIC["png"])
+    for kind in ("methods", "seen", "matrix", "draws", "dots"):
+        assert plot.save(figure_of(kind, [run]), "png").startswith(MAGIC["png"])
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -176,10 +176,11 @@ def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch, zoo, isolated, joi
     assert not list(tmp_path.glob("a.*"))
 
 
-def test_missing_matplotlib_is_one_line(tmp_path, capsys, monkeypatch, zoo):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+@pytest.mark.parametrize("package", ["matplotlib", "pandas"])
+def test_missing_packages_are_one_line(tmp_path, capsys, monkeypatch, zoo, package):
+    monkeypatch.setitem(sys.modules, package, None)
     assert plot_of("seen", *zoo, "--file", tmp_path / "a.png") == 2
-    assert capsys.readouterr().err == "plot.py: matplotlib is not installed: pip install -r requirements.txt\n"
+    assert capsys.readouterr().err == f"plot.py: {package} is not installed: pip install -r requirements.txt\n"
 
 
 def test_groups_over_other_tasks_and_single_tasks_have_their_places(tmp_path):
@@ -234,7 +235,8 @@ def test_methods_draws_each_task_and_the_mean_of_those_seen(zoo, isolated, joint
     """A panel per method; the zoo's rows are 53; 63, 73; 65, 75, 83 as means over its three seeds."""
     figure = figure_of("methods", [*zoo, *isolated, joint[1]])
     first, second, third = figure.axes[:3]
-    assert [axis.get_title() for axis in (first, second, third)] == ["Model Zoo", "Isolated", "Multi-Head"]
+    assert [axis.get_title().splitlines() for axis in (first, second, third)] == [
+        ["Model Zoo", "53.0 → 74.3 ± 7.5"], ["Isolated", "50.0 → 60.0"], ["Multi-Head", "at the end 70.0"]]  # fmt: skip
     *tasks, mean = first.lines
     assert [list(line.get_xdata()) for line in tasks] == [[1, 2, 3], [2, 3], [3]]
     assert [list(line.get_ydata()) for line in tasks] == [pytest.approx(y) for y in ([53, 63, 65], [73, 75], [83])]
@@ -243,7 +245,6 @@ def test_methods_draws_each_task_and_the_mean_of_those_seen(zoo, isolated, joint
     assert (min(band), max(band)) == (pytest.approx(53 - 7.45241), pytest.approx(74.33333 + 7.45241))
     assert list(second.lines[-1].get_ydata()) == pytest.approx([50, 55, 60])
     assert list(third.lines[0].get_ydata()) == pytest.approx([70, 70])  # nothing arrives: its end, all along
-    assert [axis.texts[0].get_text() for axis in (first, second, third)] == ["74.3", "60.0", "70.0"]
     assert "95 % interval" in figure.get_suptitle()
 
 
@@ -253,35 +254,81 @@ def test_one_seed_has_neither_band_nor_mean_over_seeds(zoo, isolated):
         figure.draw_without_rendering()
         words = [text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text"))]
         assert not [text for text in words if "over seeds" in text or "interval" in text or "share" in text]
-        assert any(text.strip().endswith("; 1 seed") for text in words)
+        assert figure.get_supxlabel().endswith("; 1 seed")
 
 
 def test_every_figure_says_what_it_is_of(zoo):
     for kind in ("methods", "seen", "dots", "draws", "matrix"):
-        texts = [text.get_text().strip() for text in figure_of(kind, zoo).texts]
-        assert "toy, 3 tasks; conv, 2 epochs; 3 seeds" in texts
+        assert figure_of(kind, zoo).get_supxlabel().splitlines()[-1] == "toy, 3 tasks; conv, 2 epochs; 3 seeds"
 
 
-def test_letters_of_other_scripts_have_a_font_or_one_line(tmp_path, capsys, monkeypatch):
-    """Found by use: dozens of warnings."""
-    font_manager = pytest.importorskip("matplotlib.font_manager")
-    run = make_run(tmp_path / "run", [[0.5] * 5] * 5, names=["grüße", "日本\ue123", "שלום", "é", "👍"])
-    monkeypatch.setattr(font_manager.fontManager, "ttflist", [])
-    assert plot_of("methods", run, "--file", tmp_path / "a.png") == 0
-    assert capsys.readouterr().err == ""  # the tasks' names are not in this figure
-    assert plot_of("matrix", run, "--file", tmp_path / "a.png") == 0
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "no font of this machine has 日本" in err and "fonts-noto-cjk" in err
+def test_what_has_no_curve_stands_at_its_end(tmp_path, zoo, joint):
+    """A multi-task zoo has rounds, and is worth what it has after the last."""
+    multi = make_run(tmp_path / "multi", [[0.1, 0.2, 0.3], [0.7, 0.8, 0.9]], num_rounds=2, continual=False)
+    figure = figure_of("methods", [joint[1], multi, zoo[0]])
+    assert [axis.get_title().splitlines()[-1] for axis in figure.axes] == ["at the end 70.0", "at the end 80.0",
+                                                                          "50.0 → 71.3"]  # fmt: skip
+    assert list(figure.axes[1].lines[0].get_ydata()) == pytest.approx([80, 80])
+    assert list(figure.axes[0].get_xlim()) == [0.5, 3.5]
 
 
-def test_letters_that_matplotlibs_font_lacks_come_from_another(monkeypatch):
+def test_panels_that_do_not_fill_their_rows_have_numbers_below(tmp_path):
+    runs = [make_run(tmp_path / f"{n}", [[0.5] * 3] * 3, lr=0.1 * n) for n in range(1, 6)]
+    figure = figure_of("methods", runs)
+    shown = [axis.get_visible() and axis.xaxis.get_tick_params()["labelbottom"] for axis in figure.axes]
+    assert shown == [False, False, True, True, True, False]
+
+
+def test_schematic_has_the_learners_that_speak_for_a_task():
+    (axis,) = plot.draw("schematic", []).axes
+    squares = [box for box in axis.patches if box.get_height() < 1]
+    boxes = {(round(x), -round(y)): box.get_facecolor() for box in squares for x, y in [box.get_center()]}
+    new, past = map(colors.to_rgba, (plot.COLOURS[1], plot.COLOURS[0]))
+    trained = [[k + 1 for k in range(5) if boxes[t + 1, k] in (new, past)] for t in range(5)]
+    assert trained == [[1, 2, 4], [2, 3, 5], [3, 4, 5], [4], [5]]
+    assert all(boxes[t + 1, t] == new for t in range(5))
+    assert "predict task 3:\nmean of learners\n3, 4 and 5" in [text.get_text() for text in axis.texts]
+
+
+@pytest.fixture
+def fonts(monkeypatch):
+    """Makes a machine that has matplotlib's DejaVu Sans under other names, a font that went, and no other."""
     font_manager = pytest.importorskip("matplotlib.font_manager")
     own = Path(font_manager.findfont("DejaVu Sans"))
-    # As if DejaVu were another font, found on this machine, and matplotlib's own were one of few letters.
-    monkeypatch.setattr(font_manager, "findfont", lambda name: str(own.with_name("cmr10.ttf")))
-    monkeypatch.setattr(font_manager.fontManager, "ttflist", [
-        font_manager.FontEntry(fname=str(own.with_name("gone.ttf")), name="Gone", weight=400),
-        font_manager.FontEntry(fname=str(own), name="Another", weight=400)])  # fmt: skip
-    assert plot.find_fonts("abc") == (["DejaVu Sans"], "")
+
+    def make(*files):
+        monkeypatch.setattr(font_manager.fontManager, "ttflist", [
+            font_manager.FontEntry(fname=str(own.with_name(file)), name=name, weight=400)
+            for name, file in [("Gone", "gone.ttf"), ("Last Resort X", "LastResortHE-Regular.ttf"), *files]])
+
+    plot._report_missing.cache_clear()
+    return make
+
+
+def test_letters_that_no_font_has_are_one_line(tmp_path, capsys, fonts):
+    """Found by use: dozens of warnings."""
+    fonts(("DejaVu Sans", "DejaVuSans.ttf"))
+    run = make_run(tmp_path / "run", [[0.5] * 5] * 5, names=["grüße", "日本", "שלום", "e\u0301", "👍"])
+    assert plot_of("methods", run, "--file", tmp_path / "a.png") == 0
+    assert capsys.readouterr().err == ""  # the tasks' names are not in this figure
+    for kind in ("matrix", "seen"):
+        assert plot_of(kind, run, "--file", tmp_path / "a.png") == 0
+        err = capsys.readouterr().err
+        plot._report_missing.cache_clear()
+        assert err == "plot.py: no font of this machine has 日本👍; install one that has, such as fonts-noto-cjk\n"
+
+
+def test_letters_that_matplotlibs_font_lacks_come_from_another(fonts):
+    fonts(("Another", "DejaVuSans.ttf"), ("DejaVu Sans", "cmr10.ttf"))  # as if its own had few letters
+    assert plot.find_fonts("abc\n") == (["DejaVu Sans"], "")
     assert plot.find_fonts("aßж") == (["DejaVu Sans", "Another"], "")
     assert plot.find_fonts("aж日") == (["DejaVu Sans", "Another"], "日")
+
+
+def test_texts_take_the_fonts_that_have_their_letters(tmp_path, fonts, capsys):
+    fonts(("Another", "DejaVuSans.ttf"), ("DejaVu Sans", "cmr10.ttf"))
+    run = make_run(tmp_path / "run", [[0.5] * 2] * 2, names=["ж", "b"])
+    figure = figure_of("seen", [run])
+    assert figure.axes[0].title.get_fontfamily() == ["DejaVu Sans", "Another"]
+    plot.save(figure, "png")  # no warning, which would be an error
+    assert capsys.readouterr() == ("", "")

@@ -4,11 +4,12 @@
 
 Runs that differ in seed only are one group, as in report.py. Reads run folders and nothing else.
 """
-import contextlib
+import functools
 import io
 import json
 import math
 import sys
+import textwrap
 import warnings
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from utils.config import Parser
 from utils.config_files import ConfigError
 
 WIDTH = 7.2  # inches, of a page's text
+SMALL_WIDTH = 5.2  # of the figures that a README shows, also on a telephone: larger letters
 # Okabe and Ito's colours, which people with any colour vision tell apart; lines and bars differ in pattern as well.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = ("-", "--", "-.", ":")
@@ -38,46 +40,34 @@ INTERVAL = f"{100 * LEVEL:.0f} % interval"
 NO_DATE = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}
 
 
-@contextlib.contextmanager
-def style():
-    """Matplotlib with this file's style; only here is it imported, so that reports need it for --html alone.
-
-    Raises:
-        ConfigError: matplotlib is not installed.
-    """
-    with require("matplotlib").rc_context(STYLE):
-        yield
-
-
 def find_fonts(text):
-    """Fonts of this machine that between them have every letter of `text`, and the letters that none has.
+    """Fonts of this machine that between them have every letter of `text`, as far as there are any.
 
     Returns:
         fonts: families, matplotlib's own first.
-        missing: a text.
+        missing: the letters that no font has, a text.
     """
     from matplotlib import font_manager, ft2font
 
-    fonts, missing = ["DejaVu Sans"], set(text) - set("\n")
-    own = font_manager.findfont(fonts[0])
-    for entry in [own, *sorted(font_manager.fontManager.ttflist, key=lambda entry: (entry.weight != 400, entry.name))]:
-        if not missing:
-            break
+    fonts, missing = [], set(text) - {"\n"}
+    for font in sorted(font_manager.fontManager.ttflist,
+                       key=lambda font: (font.name != "DejaVu Sans", font.weight != 400, font.name)):  # fmt: skip
+        if not missing or font.name.startswith("Last Resort"):  # which has a box for every letter
+            continue
         try:
-            has = ft2font.FT2Font(getattr(entry, "fname", entry)).get_charmap()
+            letters = set(map(chr, ft2font.FT2Font(font.fname).get_charmap()))
         except (OSError, RuntimeError):  # a font that went, or a broken one
             continue
-        if entry != own and any(ord(c) in has for c in missing):
-            fonts.append(entry.name)
-        missing = {c for c in missing if ord(c) not in has}
+        fonts += [font.name] * bool(missing & letters)
+        missing -= letters
     return fonts, "".join(sorted(missing))
 
 
-def make_figure(height, **layout):
-    """An empty figure of the page's width and `height` inches."""
+def make_figure(height, width=WIDTH):
+    """An empty figure of so many inches."""
     from matplotlib.figure import Figure
 
-    return Figure((WIDTH, height), layout="constrained", **layout)
+    return Figure((width, height), layout="constrained")
 
 
 def choose(kind, groups):
@@ -119,130 +109,110 @@ def _nested(a, b):
     return data_a == data_b and tasks_a[:n] == tasks_b[:n] and rest_a == rest_b
 
 
+def draw_methods(groups):
+    """A panel per method: a thin line for each task from where it arrives, and the mean over the tasks seen so far."""
+    frame = make_frame(groups, "round")
+    last = max(len(group.runs[0].matrix) for group in groups if _has_curves(group.runs[0]))
+    figure, axes = _panels(len(groups), 2 if len(groups) == 4 else 3, last, "tasks seen", SMALL_WIDTH)
+    thin, order = (1, 3) if last <= 10 else (0.6, 5)  # the mean stands behind a few lines and before many
+    for i, (axis, group) in enumerate(zip(axes, groups, strict=True)):
+        rows, colour = frame[frame["group"] == group.label], COLOURS[i % len(COLOURS)]
+        at = _summarise(rows.groupby(["run", "round"], as_index=False)["accuracy"].mean(), "round")
+        end = _mean_text(at[max(at)])
+        if _has_curves(group.runs[0]):
+            for _, of_task in rows.groupby("task"):
+                means = 100 * of_task.groupby("round")["accuracy"].mean()
+                axis.plot(means.index, means, color=colour, linewidth=thin, marker="o", markersize=2 * thin, zorder=4)
+            axis.plot(list(at), [100 * s.mean for s in at.values()], color="black", linewidth=2.5, zorder=order)
+            _band(axis, at, "black", 0.15)
+            end = f"{100 * at[1].mean:.1f} → {end}"
+        else:  # all tasks at once: nothing arrives
+            axis.axhline(100 * at[max(at)].mean, color="black", linewidth=2.5, linestyle="--")
+            end = f"at the end {end}"
+        axis.set_title(f"{_fold(group.label, 22)}\n{end}", fontsize=9)
+    _limit(axes)
+    several = max(len(group.runs) for group in groups) >= FEWEST
+    figure.suptitle("thick: mean over the tasks seen so far; thin: each task" + f"\nband, ±: {INTERVAL}" * several,
+                    fontsize=8)  # fmt: skip
+    return figure
+
+
 def draw_seen(groups):
     """Every task's accuracy against the number of tasks seen; Isolated's as a cross where the task arrives."""
-    curves, crosses = {}, {}
-    for group in groups:
-        for t in range(len(group.runs[0].names)):
-            if group.runs[0].kind == "Isolated":
-                crosses.setdefault(group.label, {})[t] = [run.matrix[-1][t] for run in group.runs]
-            else:
-                at = {k + 1: [run.matrix[k][t] for run in group.runs] for k in range(t, len(group.runs[0].matrix))}
-                curves.setdefault(group.label, {})[t] = at
-    return _panels(curves, crosses, groups[0].runs[0].names, "tasks seen")
+    frame = make_frame(groups, "round").rename(columns={"round": "x"})
+    frame = frame[(frame["kind"] != "Isolated") | (frame["x"] == frame["task"] + 1)]
+    return _draw_tasks(frame, groups[0].runs[0].names, "tasks seen")
 
 
 def draw_joint(groups):
     """Multi-Head's accuracy of each task against how many tasks it was trained on at once."""
-    at = {}
-    for group in groups:
-        for t in range(len(group.runs[0].names)):
-            at.setdefault(t, {})[len(group.runs[0].names)] = [run.matrix[-1][t] for run in group.runs]
-    names = max((group.runs[0].names for group in groups), key=len)
-    return _panels({"Multi-Head": {t: dict(sorted(at[t].items())) for t in at}}, {}, names, "tasks trained on at once")
+    frame = make_frame(groups, "task").assign(group="Multi-Head")
+    frame["x"] = frame.groupby("run")["task"].transform("size")
+    return _draw_tasks(frame, max((group.runs[0].names for group in groups), key=len), "tasks trained on at once")
 
 
-def _panels(curves, crosses, names, xlabel):
-    """A panel a task.
-
-    Args:
-        curves: dict label -> task -> x -> values over seeds, in [0, 1].
-        crosses: dict label -> task -> values over seeds, in [0, 1], drawn at x = task + 1.
-        names: [T].
-        xlabel: what x is.
-    """
-    columns = min(len(names), 5)
-    rows = math.ceil(len(names) / columns)
-    figure = make_figure(0.7 + 1.35 * rows)
-    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    handles = {}
-    banded = any(len(v) >= FEWEST for by_task in curves.values() for at in by_task.values() for v in at.values())
-    for t, axis in enumerate(axes.flat):
-        if t >= len(names):
-            axis.set_visible(False)
-            axes[-2, t % columns].xaxis.set_tick_params(labelbottom=True)
-            continue
-        axis.set_title(_shorten(names[t]), fontsize=8 if len(names[t]) <= 20 else 6.5)
-        axis.grid(axis="y", color="#dddddd", linewidth=0.5)
-        for i, (label, by_task) in enumerate(curves.items()):
-            at = {x: summarise(values) for x, values in by_task.get(t, {}).items()}
-            colour = COLOURS[i % len(COLOURS)]
-            line, = axis.plot(list(at), [100 * s.mean for s in at.values()], color=colour, marker=MARKS[i % len(MARKS)],
-                              linestyle=LINES[i % len(LINES)], markersize=2.5)  # fmt: skip
-            handles.setdefault(label, line)
-            _band(axis, at, colour, 0.2)
-        for i, (label, by_task) in enumerate(crosses.items()):
-            s = summarise(by_task[t])
-            axis.axhline(100 * s.mean, color="black", linestyle=LINES[-1 - i % len(LINES)], linewidth=0.6)
-            cross = axis.scatter([t + 1], [100 * s.mean], marker="x+"[i % 2], color="black", s=30, zorder=3)
-            handles.setdefault(label, cross)
-            if s.low is not None:
-                _whisker(axis, t + 1, s, "black")
-    last = max(x for by_task in curves.values() for at in by_task.values() for x in at)
-    axes[0, 0].set_xlim(0.5, last + 0.5)
-    axes[0, 0].set_ylim(max(axes[0, 0].get_ylim()[0], -2), min(axes[0, 0].get_ylim()[1], 102))
-    if last <= 6:
-        axes[0, 0].set_xticks(range(1, last + 1))
-    else:
-        axes[0, 0].xaxis.get_major_locator().set_params(integer=True)
-    figure.supxlabel(xlabel, fontsize=8)
-    figure.supylabel("test accuracy (%)", fontsize=8)
-    title = f"mean over seeds; band, whisker: {INTERVAL}" if banded else None
+def _draw_tasks(frame, names, xlabel):
+    """A panel a task of the accuracy in `frame` against its column x, a line or (Isolated) a cross a group."""
+    figure, axes = _panels(len(names), 5, frame["x"].max(), xlabel)
+    handles, several = {}, False
+    for i, (label, of_group) in enumerate(frame.groupby("group", sort=False)):
+        colour, line, mark = COLOURS[i % len(COLOURS)], LINES[i % len(LINES)], MARKS[i % len(MARKS)]
+        for t, axis in enumerate(axes):
+            at = _summarise(of_group[of_group["task"] == t], "x")
+            means = [100 * s.mean for s in at.values()]
+            several |= any(s.low is not None for s in at.values())
+            if of_group["kind"].iloc[0] == "Isolated":
+                axis.axhline(means[0], color="black", linestyle=line, linewidth=0.6)
+                handles[label] = axis.scatter(list(at), means, marker="x+"[i % 2], color="black", s=30, zorder=3)
+                _band(axis, at, "black", 0.2)
+            else:
+                handles[label], = axis.plot(list(at), means, color=colour, marker=mark, linestyle=line, markersize=2.5)
+                _band(axis, at, colour, 0.2)
+    for axis, name in zip(axes, names, strict=True):
+        axis.set_title(_shorten(name), fontsize=8 if len(name) <= 20 else 6.5)
+    _limit(axes)
+    title = f"mean over seeds; band, whisker: {INTERVAL}" if several else None
     figure.legend(handles.values(), handles, loc="outside upper center", ncols=3, title=title, title_fontsize=8)
     return figure
 
 
+def _summarise(frame, by):
+    """Dict value of the column `by` -> `Summary` of the accuracies in `frame`."""
+    return {x: summarise(list(values)) for x, values in frame.groupby(by)["accuracy"]}
+
+
+def _panels(n, columns, last, xlabel, width=WIDTH):
+    """A figure of `n` panels in rows of `columns`, with accuracy against x from 1 to `last`; and the panels."""
+    columns = min(n, columns)
+    rows = math.ceil(n / columns)
+    figure = make_figure(1.2 + 1.35 * rows, width)
+    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    for axis in axes[n:]:
+        axis.set_visible(False)
+    for axis in axes[max(n - columns, 0) : n]:
+        axis.xaxis.set_tick_params(labelbottom=True)
+    for axis in axes:
+        axis.grid(axis="y", color="#dddddd", linewidth=0.5)
+    axes[0].set_xlim(0.5, last + 0.5)
+    axes[0].set_xticks(range(1, last + 1, math.ceil(last / 6)))
+    figure.supxlabel(xlabel)
+    figure.supylabel("test accuracy (%)", fontsize=8)
+    return figure, axes[:n]
+
+
+def _limit(axes):
+    """Panels that share an axis of accuracies end not far outside 0 and 100, wherever intervals go."""
+    low, high = axes[0].get_ylim()
+    axes[0].set_ylim(max(low, -2), min(high, 102))
+
+
 def _band(axis, at, colour, alpha):
     """The intervals of `at`, x -> `Summary`, as a band, where they have one."""
-    ends = {x: s for x, s in at.items() if s.low is not None}
-    axis.fill_between(list(ends), [100 * s.low for s in ends.values()], [100 * s.high for s in ends.values()],
-                      color=colour, alpha=alpha, linewidth=0)  # fmt: skip
+    ends = {x: (100 * s.low, 100 * s.high) for x, s in at.items() if s.low is not None}
     if len(ends) == 1:  # a band of no width would not be seen
-        _whisker(axis, *ends.popitem(), colour)
-
-
-def _whisker(axis, x, summary, colour):
-    axis.vlines(x, 100 * summary.low, 100 * summary.high, color=colour, linewidth=0.8)
-
-
-def draw_methods(groups):
-    """A panel per method: a thin line for each task from where it arrives, and the mean over the tasks seen so far."""
-    frame = make_frame(groups, "round")
-    columns = min(len(groups), 3)
-    rows = math.ceil(len(groups) / columns)
-    figure = make_figure(0.9 + 1.75 * rows)
-    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    last = max(len(group.runs[0].matrix) for group in groups)
-    seeds = {len(group.runs) for group in groups}
-    for i, (axis, group) in enumerate(zip(axes.flat, groups, strict=False)):
-        of_group, colour = frame[frame.group == group.label], COLOURS[i % len(COLOURS)]
-        means = of_group.groupby(["run", "round"]).accuracy.mean().groupby("round")
-        if _has_curves(group.runs[0]):
-            tasks = of_group.groupby(["task", "round"]).accuracy.mean()
-            for _, of_task in tasks.groupby("task"):
-                axis.plot(of_task.index.get_level_values("round"), 100 * of_task, color=colour, alpha=0.6,
-                          linewidth=0.8, marker="o", markersize=2)  # fmt: skip
-            at = {k: summarise(list(values)) for k, values in means}
-            axis.plot(list(at), [100 * s.mean for s in at.values()], color="black", linewidth=2.0, marker="o")
-            _band(axis, at, "black", 0.15)
-        else:  # all tasks at once: nothing arrives
-            at = {1: summarise([mean for _, values in means for mean in values])}
-            axis.axhline(100 * at[1].mean, color="black", linewidth=2.0, linestyle="--")
-        axis.set_title(_fold(group.label, 28), fontweight="bold")
-        end = 100 * at[max(at)].mean
-        axis.annotate(f"{end:.1f}", (1, end), (4, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
-                      fontweight="bold", va="center", annotation_clip=False)  # fmt: skip
-        axis.grid(axis="y", color="#dddddd", linewidth=0.5)
-    for axis in axes.flat[len(groups) :]:
-        axis.set_visible(False)
-    axes[0, 0].set_xlim(0.7, last + 0.3)
-    axes[0, 0].set_ylim(top=min(axes[0, 0].get_ylim()[1], 102))
-    axes[0, 0].set_xticks(range(1, last + 1, math.ceil(last / 10)))
-    figure.supxlabel("tasks seen", fontsize=8)
-    figure.supylabel("test accuracy (%)", fontsize=8)
-    words = "black: mean over the tasks seen so far; thin: each task"
-    figure.suptitle(words + f"; band: {INTERVAL}" * (max(seeds) >= FEWEST), fontsize=8)
-    return figure
+        axis.vlines(list(ends), *next(iter(ends.values())), color=colour, linewidth=0.8)
+    elif ends:
+        axis.fill_between(list(ends), *zip(*ends.values(), strict=True), color=colour, alpha=alpha, linewidth=0)
 
 
 def draw_dots(groups):
@@ -254,55 +224,25 @@ def draw_dots(groups):
     for i, group in enumerate(groups):
         values = [100 * x for x in found[group.label]["average_accuracy"].values()]
         s = summarise(values)
-        half = None if s.low is None else s.high - s.mean
         if s.n > 1:
             axis.scatter(values, [i + 0.22] * s.n, s=7, color="#888888", linewidth=0)
-        axis.errorbar(s.mean, i, xerr=half, color=COLOURS[i % len(COLOURS)], marker=MARKS[i % len(MARKS)], markersize=6,
-                      capsize=3, linewidth=1.5, zorder=3)  # fmt: skip
-        text = f"{s.mean:.1f}" + f" ± {half or 0:.1f}" * (half is not None) + f"  (n = {s.n})"
+        axis.errorbar(s.mean, i, xerr=None if s.low is None else s.high - s.mean, color=COLOURS[i % len(COLOURS)],
+                      marker=MARKS[i % len(MARKS)], markersize=6, capsize=3, linewidth=1.5, zorder=3)  # fmt: skip
+        text = f"{_mean_text(s, 1)}  (n = {s.n})"
         axis.annotate(text, (1, i), (5, 0), xycoords=("axes fraction", "data"), textcoords="offset points", va="center",
                       annotation_clip=False)  # fmt: skip
     axis.set_yticks(range(len(groups)), labels)
     axis.set_ylim(len(groups) - 0.4, -0.6)
     axis.grid(axis="x", color="#dddddd", linewidth=0.5)
     several = max(len(group.runs) for group in groups)
-    words = f"; mean over seeds, whisker and ±: {INTERVAL}, grey: each seed" * (several >= FEWEST)
-    axis.set_xlabel("average accuracy (%)" + (words or "; mean over seeds, grey: each seed" * (several > 1)))
+    words = ("; mean over seeds" + f", whisker and ±: {INTERVAL}" * (several >= FEWEST) + ", grey: each seed")
+    axis.set_xlabel("average accuracy (%)" + words * (several > 1))
     return figure
 
 
-def draw_schematic(_):
-    """What a zoo is, without any run: the tasks, which of them each learner trained on, and the mean that predicts."""
-    trained = [(0,), (0, 1), (1, 2), (0, 2, 3), (1, 2, 4)]
-    figure = make_figure(2.7)
-    axis = figure.subplots()
-    axis.set_axis_off()
-    axis.set_aspect("equal")
-    boxed = {"ha": "center", "va": "center"}
-    for k, tasks in enumerate(trained):
-        axis.text(0.6, -k, f"round {k + 1}: learner {k + 1}", ha="right", va="center")
-        for t in range(5):
-            new, known = t == tasks[-1], t in tasks
-            colour = COLOURS[1] if new else COLOURS[0] if known else "white"
-            axis.add_patch(_square(1.1 + t, -k, colour, "#bbbbbb"))
-    for t in range(5):
-        axis.text(1.1 + t, 0.75, f"task {t + 1}", **boxed)
-    axis.add_patch(_square(3.1, -2, "none", "black", height=5.1, width=1.0))
-    axis.annotate("", (7.6, -2), (3.7, -2), arrowprops={"arrowstyle": "->", "linewidth": 1.2})
-    axis.text(7.8, -2, "prediction for task 3:\nmean of the probabilities of\nlearners 3, 4 and 5", va="center")
-    for i, (colour, words) in enumerate(((COLOURS[1], "the new task"), (COLOURS[0], "past tasks, drawn where the\n"
-                                        "zoo's training loss is high"))):  # fmt: skip
-        axis.add_patch(_square(8.05, -3.6 - 0.9 * i, colour, "#bbbbbb", height=0.5, width=0.5))
-        axis.text(8.5, -3.6 - 0.9 * i, words, va="center")
-    axis.set_xlim(-2.4, 12.6)
-    axis.set_ylim(-5.0, 1.1)
-    return figure
-
-
-def _square(x, y, colour, edge, height=0.8, width=0.8):
-    from matplotlib.patches import Rectangle
-
-    return Rectangle((x - width / 2, y - height / 2), width, height, facecolor=colour, edgecolor=edge, linewidth=1.0)
+def _mean_text(s, scale=100):
+    """A `Summary` in words: its mean, and half the width of its interval where it has one."""
+    return f"{scale * s.mean:.1f}" + (f" ± {scale * (s.high - s.mean):.1f}" if s.low is not None else "")
 
 
 def _fold(label, width=34):
@@ -317,39 +257,29 @@ def _fold(label, width=34):
 def draw_draws(groups):
     """Which tasks the learner of each round trained on, and the weights with which they were drawn."""
     from matplotlib.colors import LogNorm
-    from matplotlib.ticker import LogLocator, NullLocator
 
-    num_tasks = len(groups[0].runs[0].names)
-    heights = [max(1.2, 0.17 * len(g.runs[0].rounds)) for g in groups]
-    figure = make_figure(1.0 + sum(heights) + 0.35 * len(groups))
+    frame, names = make_frame(groups, "round"), groups[0].runs[0].names
+    heights = [max(1.2, 0.17 * len(group.runs[0].rounds)) for group in groups]
+    figure = make_figure(1.1 + sum(heights) + 0.35 * len(groups))
     axes = figure.subplots(len(groups), 2, sharex=True, squeeze=False, height_ratios=heights)
-    drawn = [w for g in groups for run in g.runs for r in run.rounds for w in r["weights"] if w > 0]
+    drawn = frame["weight"][frame["weight"] > 0]
     norm = LogNorm(min([*drawn, 0.8]), max([*drawn, 1.25]))
     for (left, right), group in zip(axes, groups, strict=True):
-        runs, rounds = group.runs, range(len(group.runs[0].rounds))
-        trained = [[sum(t in run.rounds[k]["tasks"] for run in runs) / len(runs) for t in range(num_tasks)]
-                   for k in rounds]  # fmt: skip
-        weights = [[summarise([w[t] for run in runs if t < len(w := run.rounds[k]["weights"])]).mean or math.nan
-                    for t in range(num_tasks)] for k in rounds]  # fmt: skip
-        shares = left.pcolormesh(trained, cmap="Greys", vmin=0, vmax=1, edgecolor="white", linewidth=0.4)
-        colours = right.pcolormesh(weights, cmap=COLOUR_MAP, norm=norm, edgecolor="white", linewidth=0.4)
-        if runs[0].settings["continual"]:
-            left.plot([k + 0.5 for k in rounds], [k + 0.5 for k in rounds], "o", color="white", markersize=2)
-        left.set_title(f"{group.label}: trained on")
-        right.set_title("weight in the draw")
+        trained, weights = (_mean_over_seeds(frame, group, key) for key in ("trained", "weight"))
+        shares = _heat_map(left, trained.fillna(0), f"{group.label}: trained on", names, cmap="Greys", vmin=0, vmax=1)
+        colours = _heat_map(right, weights[weights > 0], "weight in the draw", names, cmap=COLOUR_MAP, norm=norm)
+        if group.runs[0].settings["continual"]:
+            middles = [t + 0.5 for t in range(len(names))]
+            left.plot(middles, middles, "o", color="white", markersize=2)
         left.set_ylabel("round")
-        for axis in (left, right):
-            _rounds_axis(axis, len(rounds))
-    for axis in axes[-1]:
-        _tasks_axis(axis, groups[0].runs[0].names)
     several = max(len(group.runs) for group in groups) > 1
     words = "share of seeds" if several else "trained on"
-    words += "; dot: the new task" * any(g.runs[0].settings["continual"] for g in groups)
+    words += "; dot: the new task" * any(group.runs[0].settings["continual"] for group in groups)
     figure.colorbar(shares, ax=axes[:, 0].tolist(), location="bottom", aspect=40, label=words)
-    ticks = LogLocator(10, subs=(1, 1.2, 1.5, 2, 3, 5, 8) if norm.vmax < 20 * norm.vmin else (1,))
-    bar = figure.colorbar(colours, ax=axes[:, 1].tolist(), location="bottom", aspect=40, ticks=ticks, format="{x:g}",
+    ticks = [norm.vmin, math.sqrt(norm.vmin * norm.vmax), norm.vmax]
+    bar = figure.colorbar(colours, ax=axes[:, 1].tolist(), location="bottom", aspect=40, ticks=ticks, format="{x:.2g}",
                           label="weight w" + ", mean over seeds" * several)  # fmt: skip
-    bar.ax.xaxis.set_minor_locator(NullLocator())
+    bar.minorticks_off()
     return figure
 
 
@@ -357,54 +287,73 @@ def draw_matrix(groups):
     """Test accuracy on every task (column) after every round (row), mean over seeds; those of many rounds first."""
     groups = sorted(groups, key=lambda group: -len(group.runs[0].matrix))
     names, columns = groups[0].runs[0].names, min(len(groups), 2)
-    slots = [None] * (columns * math.ceil(len(groups) / columns) - len(groups))
-    slots = [groups[0], *slots, *groups[1:]]  # a gap stands in the first row, so that the last one has all the names
-    heights = [max(0.3, 0.17 * len(group.runs[0].matrix)) for group in slots[::columns]]
-    figure = make_figure(2.0 + sum(heights) + 0.3 * len(heights))
-    axes = figure.subplots(len(heights), columns, sharex=True, squeeze=False, height_ratios=heights)
-    panels = [axis for axis, group in zip(axes.flat, slots, strict=True) if group]
-    means = []
-    for group in groups:
-        rows = zip(*(run.matrix for run in group.runs), strict=True)
-        means.append([[math.nan if None in xs else 100 * sum(xs) / len(xs) for xs in zip(*row, strict=True)]
-                      for row in rows])  # fmt: skip
-    values = [x for matrix in means for row in matrix for x in row if x == x]
-    low, high = min(values), max(max(values), min(values) + 1)
-    digits = 1 if len(names) <= 10 else 0
-    for axis, group, matrix in zip(panels, groups, means, strict=True):
-        image = axis.pcolormesh(matrix, cmap=COLOUR_MAP, vmin=low, vmax=high, edgecolor="white", linewidth=0.4)
-        axis.set_title(_fold(group.label))
-        _rounds_axis(axis, len(matrix))
-        if len(matrix) == 1:
-            axis.set_yticks([])
-        elif axis in axes[:, 0]:
-            axis.set_ylabel("round")
-        cells = [(k, t, x) for k, row in enumerate(matrix) for t, x in enumerate(row) if x == x and len(names) <= 25]
-        for k, t, x in cells:
+    heights = [max(0.3, 0.17 * len(group.runs[0].matrix)) for group in groups[::columns]]
+    figure = make_figure(2.1 + sum(heights) + 0.3 * len(heights))
+    axes = figure.subplots(len(heights), columns, sharex=True, squeeze=False, height_ratios=heights).flatten()
+    frame = make_frame(groups, "round")
+    means = [100 * _mean_over_seeds(frame, group, "accuracy") for group in groups]
+    low = min(matrix.min(axis=None) for matrix in means)
+    high = max(low + 1, *(matrix.max(axis=None) for matrix in means))
+    digits, size = (1, 7) if len(names) <= 10 else (0, 5.5)
+    for i, (axis, group, matrix) in enumerate(zip(axes, groups, means, strict=False)):
+        image = _heat_map(axis, matrix, _fold(group.label), names, cmap=COLOUR_MAP, vmin=low, vmax=high)
+        axis.xaxis.set_tick_params(labelbottom=i + columns >= len(groups))
+        axis.set_ylabel("round" if i % columns == 0 else "")
+        for (k, t), x in matrix.stack().dropna().items() if len(names) <= 25 else ():
             colour = "white" if x - low < (high - low) / 2 else "black"
-            axis.text(t + 0.5, k + 0.5, f"{x:.{digits}f}", ha="center", va="center", color=colour, fontsize=5.5)
-    for axis in set(axes.flat) - set(panels):
+            axis.text(t + 0.5, k - 0.5, f"{x:.{digits}f}", ha="center", va="center", color=colour, fontsize=size)
+    for axis in axes[len(groups) :]:
         axis.set_visible(False)
-    for axis in axes[-1]:
-        _tasks_axis(axis, names)
     label = "test accuracy (%)" + ", mean over seeds" * (max(len(group.runs) for group in groups) > 1)
-    figure.colorbar(image, ax=axes.ravel().tolist(), location="bottom", label=label, aspect=60)
+    figure.colorbar(image, ax=list(axes), location="bottom", label=label, aspect=60)
     return figure
 
 
-def _rounds_axis(axis, rounds):
-    """Rounds from the top down, counted from 1, with at most about ten numbers."""
-    ticks = range(0, rounds, math.ceil(rounds / 10))
+def _mean_over_seeds(frame, group, key):
+    """The mean over a group's seeds of the column `key`: a frame [rounds, tasks], NaN where nothing is."""
+    rows = frame[frame["group"] == group.label].astype({key: float})
+    return rows.pivot_table(index="round", columns="task", values=key, dropna=False)
+
+
+def _heat_map(axis, cells, title, names, **colours):
+    """A frame [rounds, tasks] as coloured cells, rounds from the top down with at most about ten numbers."""
+    image = axis.pcolormesh(cells, edgecolor="white", linewidth=0.4, **colours)
+    ticks = range(0, len(cells), math.ceil(len(cells) / 10)) if len(cells) > 1 else ()
     axis.set_yticks([k + 0.5 for k in ticks], [k + 1 for k in ticks])
-    axis.set_ylim(rounds, 0)
+    axis.set_ylim(len(cells), 0)
+    axis.set_xticks([t + 0.5 for t in range(len(names))], map(_shorten, names), rotation=90,
+                    fontsize=min(8, 400 / len(names)))  # fmt: skip
+    axis.set_title(title)
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
+    return image
 
 
-def _tasks_axis(axis, names):
-    """Task names upright under the columns."""
-    short = map(_shorten, names)
-    axis.set_xticks([t + 0.5 for t in range(len(names))], short, rotation=90, fontsize=min(8, 400 / len(names)))
+def draw_schematic(_):
+    """What a zoo is, without any run: the tasks, which of them each learner trained on, and the mean that predicts."""
+    from matplotlib.patches import Rectangle
+
+    trained = [(0,), (0, 1), (1, 2), (0, 2, 3), (1, 2, 4)]
+    figure = make_figure(2.6, SMALL_WIDTH)
+    axis = figure.subplots()
+    axis.set_axis_off()
+    axis.set(aspect="equal", xlim=(-1.5, 10.4), ylim=(-4.7, 1.1))
+
+    def box(x, y, colour, edge="#bbbbbb", width=0.8, height=0.8):
+        axis.add_patch(Rectangle((x - width / 2, y - height / 2), width, height, facecolor=colour, edgecolor=edge))
+
+    for k, tasks in enumerate(trained):
+        axis.text(0.4, -k, f"learner {k + 1}", ha="right", va="center")
+        for t in range(len(trained)):
+            box(t + 1, -k, COLOURS[1] if t == tasks[-1] else COLOURS[0] if t in tasks else "white")
+            axis.text(t + 1, 0.75, ("task " if t == 0 else "") + str(t + 1), ha="center", va="center")
+    box(3, -2, "none", "black", 1.0, 5.1)
+    axis.annotate("", (6.6, -3.5), (3.6, -3.5), arrowprops={"arrowstyle": "->", "linewidth": 1.2})
+    axis.text(6.7, -3.5, "predict task 3:\nmean of learners\n3, 4 and 5", va="center")
+    for y, colour, words in ((0, COLOURS[1], "the new task"), (-1, COLOURS[0], "past tasks, drawn\nby training loss")):
+        box(7, y, colour, width=0.5, height=0.5)
+        axis.text(7.45, y, words, va="center")
+    return figure
 
 
 def _shorten(name, limit=26):
@@ -433,35 +382,38 @@ def draw(kind, groups):
 
     Below it stands what the groups are runs of. A letter that no font of this machine has becomes a box, and a line on
     standard error names such letters.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
     """
     groups = group_runs([run for group in groups for run in group.runs])[0]
-    with style():
+    with require("matplotlib").rc_context(STYLE):
         from matplotlib.text import Text
 
         figure = (draw_schematic if kind == "schematic" else KINDS[kind][2])(groups)
         if groups:
             seeds = sorted({len(group.runs) for group in groups})
             about = f"{describe_groups(groups)}; {' or '.join(map(str, seeds))} seed{'s' * (seeds != [1])}"
-            figure.text(1, 0, about + " ", ha="right", va="bottom", fontsize=6, color="#666666")
-            below = 0.14 / figure.get_figheight()
-            figure.get_layout_engine().set(rect=(0, below, 1, 1 - below))
+            figure.supxlabel("\n".join([figure.get_supxlabel(), *textwrap.wrap(about, 75)]).strip(), fontsize=8)
         texts = figure.findobj(Text)
         fonts, missing = find_fonts("".join(text.get_text() for text in texts))
-        for text in texts if len(fonts) > 1 else ():
+        for text in texts:
             text.set_fontfamily(fonts)
         if missing:
-            print(f"plot.py: no font of this machine has {printable(missing)[:60]}; install one that has, such as "
-                  "fonts-noto-cjk", file=sys.stderr)  # fmt: skip
-        with warnings.catch_warnings():  # of the letters that were named
-            warnings.filterwarnings("ignore", "Glyph .* missing from font")
-            figure.draw_without_rendering()
+            _report_missing(missing)
     return figure
+
+
+@functools.cache  # of the many figures of a report, the first says it
+def _report_missing(letters):
+    print(f"plot.py: no font of this machine has {printable(letters)[:60]}; install one that has, such as "
+          "fonts-noto-cjk", file=sys.stderr)  # fmt: skip
 
 
 def save(figure, ending):
     """The figure as the bytes of a file; `ending` is png, pdf or svg."""
     data = io.BytesIO()
-    with style(), warnings.catch_warnings():
+    with require("matplotlib").rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure.savefig(data, format=ending, metadata=NO_DATE[ending])
     return data.getvalue()
