@@ -2,7 +2,7 @@
 # The picture at the top of the README, results/figures/digits.png, and its table, results/digits.md, from nothing:
 # Model Zoo and Isolated beside Avalanche's Naive, Replay, EWC and A-GEM on five tasks of rotated digits, three seeds.
 #
-#     results/digits.sh    # six minutes on one core; needs requirements-peers.txt; again: only what is missing
+#     results/digits.sh    # seven minutes on one core; needs requirements-peers.txt; again: only what is missing
 #
 # From the environment: PYTHON, which Python (python); OUT, where the run folders go (runs/digits); SEEDS (0 1 2);
 # FIGURE and TABLE, the files that are written.

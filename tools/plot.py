@@ -23,7 +23,7 @@ from utils.config_files import ConfigError
 
 WIDTH = 7.2  # inches, of a page's text
 SMALL_WIDTH = 5.2  # of the figures that a README shows, also on a telephone: larger letters
-# Okabe and Ito's colours, which people with any colour vision tell apart; lines and bars differ in pattern as well.
+# Okabe and Ito's colours, which people with any colour vision tell apart; lines and marks differ as well.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = ("-", "--", "-.", ":")
 MARKS = ("o", "s", "^", "D", "v", "P", "*")
@@ -41,12 +41,7 @@ NO_DATE = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}
 
 
 def find_fonts(text):
-    """Fonts of this machine that between them have every letter of `text`, as far as there are any.
-
-    Returns:
-        fonts: families, matplotlib's own first.
-        missing: the letters that no font has, a text.
-    """
+    """Font families of this machine that share the letters of `text`, matplotlib's first, and the letters none has."""
     from matplotlib import font_manager, ft2font
 
     fonts, missing = [], set(text) - {"\n"}
@@ -235,7 +230,7 @@ def draw_dots(groups):
     axis.set_ylim(len(groups) - 0.4, -0.6)
     axis.grid(axis="x", color="#dddddd", linewidth=0.5)
     several = max(len(group.runs) for group in groups)
-    words = ("; mean over seeds" + f", whisker and ±: {INTERVAL}" * (several >= FEWEST) + ", grey: each seed")
+    words = "; mean over seeds" + f", whisker and ±: {INTERVAL}" * (several >= FEWEST) + ", grey: each seed"
     axis.set_xlabel("average accuracy (%)" + words * (several > 1))
     return figure
 
