@@ -173,8 +173,8 @@ def test_page_is_self_contained_and_escaped(tmp_path, capsys):
     assert "http://" not in page
     assert "https://" not in page
     assert "url(" not in page
-    # of two tasks: bars, curves, matrix, draws; of three: bars, matrix; and the joint figure
-    assert page.count("<img ") == 7
+    # of two tasks: methods, dots, curves, matrix, draws; of three: methods, dots, matrix; and the joint figure
+    assert page.count("<img ") == 9
     # Found by review: headings stood there twice without a word of which tasks.
     headings = re.findall("<h2>(.*?)</h2>", page)
     assert len(set(headings)) == len(headings)
@@ -192,14 +192,14 @@ def test_page_in_a_browser(tmp_path):
 
     assert report_of(*make_seeds(tmp_path, "zoo", [0.7, 0.72, 0.8]), "--html", tmp_path / "page.html") == 0
     browser = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
-               f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1200,2600"]  # fmt: skip
+               f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1200,3400"]  # fmt: skip
     subprocess.run([*browser, f"--screenshot={tmp_path / 'page.png'}", (tmp_path / "page.html").as_uri()],
                    check=True, capture_output=True, timeout=60)  # fmt: skip
     with Image.open(tmp_path / "page.png") as image:
         pixels = np.asarray(image.convert("RGB")).astype(int)
-    # The figures were drawn: the bars' blue on white, and the heat map's darkest blue and lightest yellow.
-    for colour in ((64, 149, 197), (0, 34, 78), (254, 232, 56)):
-        assert (abs(pixels - colour).max(2) < 12).sum() > 500
+    # The figures were drawn: the blue of a dot and its whisker, and the heat map's darkest blue and lightest yellow.
+    for colour, least in (((0, 114, 178), 50), ((0, 34, 78), 500), ((254, 232, 56), 500)):
+        assert (abs(pixels - colour).max(2) < 12).sum() > least
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
