@@ -1,14 +1,10 @@
 """The commands as a shell starts them: exit status, one line for what goes wrong, output that nobody reads."""
 import os
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 from tests.conftest import flags, write_yaml
-from tools.sweep import read_grid
-from utils.config import read_settings
-from utils.search import read_search
 
 ROOT = Path(__file__).parent.parent
 
@@ -43,34 +39,6 @@ def test_neither_data_nor_network_is_one_line(workspace):
     for words in ("mnist: no data", "data/mnist.npz", "data/MNIST/raw", "connect this machine to the network, or put"):
         assert words in done.stderr
     assert not (workspace / "runs").exists()
-
-
-def readme_commands():
-    blocks = (ROOT / "README.md").read_text().split("```")[1::2]
-    text = "\n".join(block.partition("\n")[2] for block in blocks).replace("\\\n", " ").replace("$seed", "0")
-    return [line.strip() for line in text.splitlines() if line.strip().startswith(("python ", "make "))]
-
-
-def test_readme_commands_are_understood(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    commands = readme_commands()
-    assert len(commands) >= 5
-    targets = (ROOT / "Makefile").read_text()
-    for command in commands:
-        words = shlex.split(command, comments=True)
-        if words[0] == "make":
-            assert all(f"\n{target}:" in targets for target in words[1:])
-        elif words[1] == "hpo.py":
-            assert read_search("hpo.py", words[2:])
-        elif words[1] == "tools/sweep.py":
-            assert "…" in words or read_grid(words[2:])
-        elif words[1].startswith("tools/"):
-            assert (ROOT / words[1]).exists()
-        else:
-            method = words[1].removesuffix(".py")
-            # What hpo.py writes is not there before it ran.
-            words = [word.replace("my_digits.yaml", "small.yaml") for word in words]
-            assert read_settings(words[1], method, words[2:]).method == method
 
 
 def test_output_that_nobody_reads_does_not_end_the_run(workspace):
