@@ -177,10 +177,10 @@ def test_crops_are_used_in_training_alone(monkeypatch):
     monkeypatch.setattr(run_net, "sample_crops", lambda x, flip, generator: seen.append((len(x), flip)) or x)
     net = build_net("conv", (1, 28, 28), [3, 2], 0.0, seed=1)
     train(net, augment=True, flip=True)
-    assert seen == [(8, True), (8, True), (4, True)] * 2
+    assert seen == [(8, True), (8, True), (4, True)] * 3  # two epochs, and batch norm's statistics
     predict_logits(net, make_training()[0], torch.arange(4), 1, 2, "fp32")
     train(net, augment=False, flip=True)
-    assert len(seen) == 6
+    assert len(seen) == 9
 
 
 def test_bf16_touches_neither_loss_nor_parameters():
@@ -326,3 +326,55 @@ def test_the_loss_scale_goes_on_where_it_stood():
     start = learn()
     start["scaler"]["scale"] = 8.0
     assert learn(start)["scaler"]["scale"] == 8.0
+
+
+def norms(net):
+    return [m for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+
+
+def test_renewed_statistics_are_means_over_all_rows_by_hand():
+    """Two batches of 2 rows and 1 row of one channel and 2 pixels, through a network that is nothing but the norm."""
+    net = torch.nn.Module()
+    net.backbone = torch.nn.BatchNorm2d(1)
+    pixels = [[[0, 255], [51, 102]], [[153, 204]]]
+    net.backbone.running_mean.fill_(math.nan)  # whatever training left
+    run_net.renew_batch_norm(net, [torch.tensor(p, dtype=torch.uint8).view(-1, 1, 1, 2) for p in pixels], "fp32")
+    # Normalised to (x / 255 - 0.5) / 0.25: -2, 2, -1.2, -0.4 with mean -0.4 and variance (2.56 + 5.76 + 0.64 + 0) / 3,
+    # and 0.4, 1.2 with mean 0.8 and variance 0.32; weighted 2 : 1 by rows.
+    assert net.backbone.running_mean.item() == pytest.approx((2 * -0.4 + 0.8) / 3, abs=1e-6)
+    assert net.backbone.running_var.item() == pytest.approx((2 * 8.96 / 3 + 0.32) / 3, rel=1e-6)
+    assert net.backbone.momentum == 0.1
+
+
+def test_renewed_statistics_are_of_the_learners_rows_and_leave_the_weights(monkeypatch):
+    """All of its 20 rows in one batch: then they are those of a plain pass over the rows; no weight is touched."""
+    images, rows, _, _ = make_training()
+    nets = [build_net("conv", (1, 28, 28), [3, 2], 0.0, seed=1) for _ in range(2)]
+    train(nets[0], batch=20)
+    monkeypatch.setattr(run_net, "NORM_BATCHES", 0)
+    train(nets[1], batch=20)
+    assert all(a.equal(b) for a, b in zip(*(net.parameters() for net in nets), strict=True))
+    layers = nets[0].backbone.layers
+    x = layers[:4](normalise(images[rows]))  # what the first norm is given
+    assert layers[4].running_mean.allclose(x.mean((0, 2, 3)), atol=1e-5)
+    assert layers[4].running_var.allclose(x.transpose(0, 1).flatten(1).var(1), rtol=1e-4)
+
+
+def test_renewing_takes_so_many_batches_at_most_drawn_and_augmented_as_in_training(monkeypatch):
+    assert run_net.NORM_BATCHES == 100
+    seen, cropped = [], []
+    crops = run_net.sample_crops
+    backbone = run_net.run_backbone
+    monkeypatch.setattr(run_net, "NORM_BATCHES", 3)
+    monkeypatch.setattr(run_net, "run_backbone", lambda net, x, _: seen.append((x, net.training)) or backbone(net, x, _))
+    monkeypatch.setattr(run_net, "sample_crops", lambda x, *more: cropped.append(len(x)) or crops(x, *more))
+    train(build_net("conv", (1, 28, 28), [3, 2], 0.0, seed=1), epochs=2, batch=4, augment=True)
+    assert len(seen) == len(cropped) == 2 * 5 + 3  # 20 rows are five batches of 4; of the sixth pass three are used
+    assert all(training for _, training in seen)
+    assert not seen[-1][0].equal(seen[4][0])
+
+
+def test_a_network_without_batch_norm_needs_no_renewing():
+    net = torch.nn.Module()
+    net.backbone = torch.nn.Flatten()
+    run_net.renew_batch_norm(net, iter(lambda: 1 / 0, None), "fp32")

@@ -36,6 +36,7 @@ from utils.run_net import (
     learning_rate,
     make_generator,
     predict_logits,
+    renew_batch_norm,
     sample_crops,
 )
 
@@ -148,12 +149,13 @@ def wrap_net(net, train, augment, precision, generator):
         def adaptation(self, experience):
             """Nothing: all heads are there from the start."""
 
+        def take_images(self, rows):
+            x = train.images[rows.to(train.images.device)]
+            return sample_crops(x, train.flip, generator) if augment and self.training else x
+
         def forward(self, rows, task_labels):
-            x = train.images[rows]
-            if augment and self.training:
-                x = sample_crops(x, train.flip, generator)
             self.rows_trained += len(rows) * torch.is_grad_enabled()
-            return forward(self.net, x, task_labels.to(rows.device), precision)
+            return forward(self.net, self.take_images(rows), task_labels.to(rows.device), precision)
 
     return Wrapped()
 
@@ -255,6 +257,7 @@ def train_peer(settings, precision, train, test, log):
     for k, tasks in enumerate([t] for t in range(num_tasks)) if settings.continual else [(0, list(range(num_tasks)))]:
         began = time.perf_counter()
         strategy.train([experiences[t] for t in tasks], eval_streams=[], reset_optimizer_state=True)
+        renew_batch_norm(net, (model.take_images(rows) for rows, *_ in strategy.dataloader), precision)
         seen = tasks[-1] + 1
         accuracy = [evaluate(net, test, t, precision, f"round {k + 1}") for t in range(seen)]
         seconds = time.perf_counter() - began

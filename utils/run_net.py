@@ -2,15 +2,18 @@
 import contextlib
 import ctypes
 import hashlib
+import itertools
 import math
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 from torch.optim.sgd import sgd
 
 PAD = 4  # pixels of zeros around an image before it is cropped at random
 # Of the inputs' full range, whatever the data: their own statistics would leak information about tasks not yet seen.
 MEAN, STD = 0.5, 0.25
+NORM_BATCHES = 100  # from which batch norm's statistics are averaged, at most
 
 
 class BadSnapshot(Exception):
@@ -57,13 +60,44 @@ def sample_crops(images, flip, generator):
     return padded[row, :, y[:, :, None], x[:, None, :]].permute(0, 3, 1, 2)
 
 
-def forward(net, images, heads, precision):
-    """Logits [B, C_max] in float32 of uint8 images [B, C, H, W]; only the backbone runs in `precision`."""
+def run_backbone(net, images, precision):
+    """Features [B, D] of uint8 images [B, C, H, W], computed in `precision`."""
     x = normalise(images).contiguous(memory_format=torch.channels_last)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     with torch.autocast(images.device.type, dtype) if dtype else contextlib.nullcontext():
-        features = net.backbone(x)
-    return net.heads(features.float(), heads)
+        return net.backbone(x)
+
+
+def forward(net, images, heads, precision):
+    """Logits [B, C_max] in float32 of uint8 images [B, C, H, W]; only the backbone runs in `precision`."""
+    return net.heads(run_backbone(net, images, precision).float(), heads)
+
+
+@torch.no_grad()
+def renew_batch_norm(net, batches, precision):
+    """Set batch norm's running statistics to their average over `batches`, weighted by rows; no weight changes.
+
+    Those that training leaves lag behind the weights where steps are few: they begin at mean 0 and variance 1, and each
+    step moves them by a tenth of the way.
+
+    Args:
+        net: `MultiHead`; left in training mode.
+        batches: uint8 images [B, C, H, W], drawn and augmented as in training; NORM_BATCHES of them are used at most.
+        precision: fp32, bf16 or fp16, of the backbone.
+    """
+    norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
+    momentum = [norm.momentum for norm in norms]
+    net.train()
+    for norm in norms:
+        norm.reset_running_stats()
+    seen = 0
+    for images in itertools.islice(batches, NORM_BATCHES if norms else 0):
+        seen += len(images)
+        for norm in norms:
+            norm.momentum = len(images) / seen  # so that what stands there is the mean over all rows so far
+        run_backbone(net, images, precision)
+    for norm, before in zip(norms, momentum, strict=True):
+        norm.momentum = before
 
 
 def learning_rate(schedule, lr, step, steps):
@@ -156,7 +190,7 @@ def train_net(net, images, rows, heads, labels, *, epochs, batch, lr, l2_reg, sc
 
     Stochastic gradient descent with Nesterov momentum 0.9 and weight decay on all parameters, one update a step, on
     the cross entropy of each row's own head. Rows of all tasks are mixed and reshuffled every epoch; the last short
-    batch is kept.
+    batch is kept. After the last epoch batch norm's statistics are set anew (`renew_batch_norm`).
 
     Args:
         net: `MultiHead`, on the device of the data.
@@ -201,11 +235,16 @@ def train_net(net, images, rows, heads, labels, *, epochs, batch, lr, l2_reg, sc
     # Summed on the device and read once an epoch, so that no step waits for the host.
     loss_sum, correct = torch.zeros(2, dtype=torch.float64, device=device)
 
+    def take_images(i):
+        x = images[rows[i]]
+        return sample_crops(x, flip, generators["augment"]) if augment else x
+
+    def shuffle():
+        return torch.randperm(len(rows), generator=generators["shuffle"], device=device).split(batch)
+
     def take_step(i):
-        x, head, label = images[rows[i]], heads[i], labels[i]
-        if augment:
-            x = sample_crops(x, flip, generators["augment"])
-        logits = forward(net, x, head, precision)
+        head, label = heads[i], labels[i]
+        logits = forward(net, take_images(i), head, precision)
         loss = F.cross_entropy(logits, label)
         scaler.scale(loss).backward()
         scaler.step(optimiser)
@@ -222,11 +261,12 @@ def train_net(net, images, rows, heads, labels, *, epochs, batch, lr, l2_reg, sc
         loss_sum.zero_()
         correct.zero_()
         net.train()  # between epochs the caller may have had it predict
-        batches = torch.randperm(len(rows), generator=generators["shuffle"], device=device).split(batch)
-        for i in watch(batches, loss_sum) if watch else batches:
+        for i in watch(shuffle(), loss_sum) if watch else shuffle():
             rate.fill_(now := learning_rate(schedule, lr, step, steps))
             (take_full_step if len(i) == batch else take_step)(i)
             step += 1
+        if epoch + 1 == epochs:
+            renew_batch_norm(net, map(take_images, shuffle()), precision)
         means = {"train_loss": loss_sum.item() / len(rows), "train_accuracy": correct.item() / len(rows)}
 
         def snapshot(done=epoch + 1):
