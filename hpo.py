@@ -58,12 +58,13 @@ def score_rounds(settings, precision, fit, held_out):
     """As `score_epochs`, of a continual zoo: its mean accuracy over the tasks seen, after each round."""
     from modelzoo import grow_zoo  # here alone: multihead and what it imports are all that other searches need
 
+    names = task_names(settings.tasks, settings.names, fit.class_names)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "learners").mkdir()
         for rounds in range(1, settings.num_rounds + 1):
             # A zoo of one round more finds its earlier learners in the folder, as a resumed run does.
             longer = replace(settings, num_rounds=rounds)
-            with RunLog(Path(folder), rounds, 0, names=task_names(settings.tasks, settings.names)) as log:
+            with RunLog(Path(folder), rounds, 0, names=names) as log:
                 matrix, _, _ = grow_zoo(longer, precision, fit, held_out, Path(folder), log)
             yield metrics.average_accuracy(matrix)
 
@@ -206,7 +207,7 @@ def run(settings, search, argv):
     about |= {key: value for key, value in asdict(search).items() if key not in FREE}
     about["data"] = checksum(fit, held_out)
     hardware = describe_hardware(torch.device("cpu"))
-    with open_folder(folder, json.loads(json.dumps(about)), settings.resume, hardware, "trials"):
+    with open_folder(folder, json.loads(json.dumps(about)), settings.resume, {"hardware": hardware}, "trials"):
         tuner = make_tuner(replace(settings, device=device), search, folder, resources, slots, fit, held_out)
         # A trial that a lost node or a killed process left unfinished begins again and reports its first epochs twice.
         warnings.filterwarnings("ignore", "The reported value is ignored because this `step=", UserWarning)

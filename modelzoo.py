@@ -99,7 +99,7 @@ class Zoo:
     def load(cls, folder, device="auto"):
         """The zoo of a run folder: all learners that it holds so far.
 
-        Its `loss` is not brought up to date; `names` has a text for each task.
+        Its `loss` is not brought up to date; `names` has a text for each task, `class_names` for each of its classes.
 
         Args:
             folder: a run of modelzoo.py; with --save_nets, for `predict`.
@@ -111,7 +111,8 @@ class Zoo:
         settings, labels, learners, nets = load_run(folder, choose_device(device))
         n = len(labels)
         zoo = cls([], labels, [len(task) for task in settings["tasks"]][:n], settings["replay_frac"])
-        zoo.names = task_names(settings["tasks"], settings["names"])[:n]
+        zoo.class_names = settings["class_names"]
+        zoo.names = task_names(settings["tasks"], settings["names"], zoo.class_names)[:n]
         for learner in learners:
             zoo.add(learner)
         zoo.nets = nets
@@ -206,7 +207,7 @@ def run(settings, loaded=None):
         return estimate(settings, device, precision, train, test, plan)
     with open_run(settings, device, precision, train, test, plan) as (folder, log):
         matrix, rounds, cost = grow_zoo(settings, precision, train, test, folder, log, old)
-        return finish(settings, device, precision, matrix, rounds, cost)
+        return finish(settings, device, precision, train.class_names, matrix, rounds, cost)
 
 
 def plan_rounds(settings, train):

@@ -163,7 +163,7 @@ def run(settings, loaded=None):
         log.log_round(0, tasks=tasks, test_accuracy=metrics.average_accuracy([accuracy]), seconds=learner.seconds)
         rounds = [{"tasks": tasks, "weights": [], "train_loss": loss, "seconds": learner.seconds}]
         cost = {key: getattr(learner, key) for key in COST} | {"stored_rows": len(train.labels)}
-        return finish(settings, device, precision, [accuracy], rounds, cost)
+        return finish(settings, device, precision, train.class_names, [accuracy], rounds, cost)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """From a dataset's name to its tasks."""
 from pathlib import Path
 
-from datasets.cifar import NOISY, load_cifar10, load_cifar100
+from datasets.cifar import CIFAR10, CIFAR100, NOISY, load_cifar10, load_cifar100
 from datasets.data import DataError, load_npz, make_tasks
 from datasets.digits import load_digits
 from datasets.mini_imagenet import load_mini_imagenet
@@ -24,16 +24,20 @@ def load_splits(dataset, tasks, data_dir, path=None, size=None):
     Returns:
         splits: (train_images, train_labels), (test_images, test_labels): uint8 [N, C, H, W] and int64 [N].
         tasks: their source labels as the rows have them: an image folder's class names are numbers by now.
+        names: of the classes, by source label; None where the data have none and the label has to do.
 
     Raises:
         DataError: data missing or damaged.
     """
-    labels = {label for task in tasks for label in task}
+    labels, names = {label for task in tasks for label in task}, None
+    if dataset in ("rotated_mnist", "permuted_mnist", "rotated_digits"):
+        names = [str(label % 10) for label in range(max(labels) + 1)]
     match dataset:
         case "cifar10":
-            splits = load_cifar10(data_dir)
+            splits, names = load_cifar10(data_dir), CIFAR10
         case "cifar100":
             splits = load_cifar100(data_dir, labels)
+            names = CIFAR100 + [f"{name} (random labels)" for name in CIFAR100]
         case "mnist":
             splits = load_mnist(data_dir)
         case "rotated_mnist":
@@ -41,7 +45,7 @@ def load_splits(dataset, tasks, data_dir, path=None, size=None):
         case "permuted_mnist":
             splits = modify(load_mnist(data_dir), labels, "permuted")
         case "mini_imagenet":
-            splits = load_mini_imagenet(data_dir)
+            splits, names = load_mini_imagenet(data_dir)
         case "digits" | "rotated_digits":
             splits = load_digits() if dataset == "digits" else modify(load_digits(), labels, "rotated")
         case "npz":
@@ -49,10 +53,10 @@ def load_splits(dataset, tasks, data_dir, path=None, size=None):
         case "image_folder":
             from datasets.folder import load_image_folder
 
-            splits, tasks = load_image_folder(_inside(data_dir, path), tasks, size)
+            splits, tasks, names = load_image_folder(_inside(data_dir, path), tasks, size)
         case _:
             raise DataError(f"no dataset is called {dataset}")
-    return splits, tasks
+    return splits, tasks, names
 
 
 def build_dataset(dataset, tasks, data_dir, generator, samples=None, path=None, size=None, loaded=None):
@@ -70,15 +74,16 @@ def build_dataset(dataset, tasks, data_dir, generator, samples=None, path=None, 
     Raises:
         DataError: data missing, damaged or without one of the labels.
     """
-    splits, tasks = loaded or load_splits(dataset, tasks, data_dir, path, size)
+    splits, tasks, names = loaded or load_splits(dataset, tasks, data_dir, path, size)
     noisy_from = NOISY if dataset == "cifar100" else None
     flip = dataset in PHOTOGRAPHS
+    name = names.__getitem__ if names else str
     (train_images, train_labels), (test_images, test_labels) = splits
     try:
         split = "training"
-        train = make_tasks(train_images, train_labels, tasks, flip, samples, noisy_from, generator)
+        train = make_tasks(train_images, train_labels, tasks, flip, samples, noisy_from, generator, name)
         split = "test"
-        return train, make_tasks(test_images, test_labels, tasks, flip)
+        return train, make_tasks(test_images, test_labels, tasks, flip, name=name)
     except DataError as e:
         raise DataError(f"{path or dataset}: {e} among the {split} images") from e
 

@@ -5,13 +5,14 @@ import io
 import itertools
 import math
 import os
+import warnings
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 
 
@@ -29,6 +30,7 @@ class TaskData:
         starts: [T + 1], task t is rows starts[t] .. starts[t + 1] - 1.
         classes: [T], how many classes each task has.
         flip: whether a mirrored image still shows its class (photographs, not digits).
+        class_names: [T] tuples of C_t texts, which may be the source labels.
     """
 
     images: Tensor
@@ -36,6 +38,7 @@ class TaskData:
     starts: tuple[int, ...]
     classes: tuple[int, ...]
     flip: bool
+    class_names: tuple[tuple[str, ...], ...]
 
     def rows(self, t):
         """Row numbers of task t, [N_t] int64."""
@@ -45,14 +48,14 @@ class TaskData:
         """The data of the first n tasks alone."""
         end = self.starts[n]
         return replace(self, images=self.images[:end], labels=self.labels[:end], starts=self.starts[: n + 1],
-                       classes=self.classes[:n])  # fmt: skip
+                       classes=self.classes[:n], class_names=self.class_names[:n])  # fmt: skip
 
     def to(self, device):
         """The same data on `device`."""
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
 
-def make_tasks(images, labels, tasks, flip, samples=None, noisy_from=None, generator=None):
+def make_tasks(images, labels, tasks, flip, samples=None, noisy_from=None, generator=None, name=str):
     """Sort rows by task and relabel each task's source labels to 0 .. C_t - 1, in the order that the task lists them.
 
     Args:
@@ -64,6 +67,7 @@ def make_tasks(images, labels, tasks, flip, samples=None, noisy_from=None, gener
             stands in two tasks brings the same rows to both.
         noisy_from: rows whose source label is this or higher get a label drawn uniformly from their task's.
         generator: its seed decides the random choices; needed with `samples` or `noisy_from`.
+        name: gives the name of the class of a source label.
 
     Raises:
         DataError: a label has no rows.
@@ -92,7 +96,8 @@ def make_tasks(images, labels, tasks, flip, samples=None, noisy_from=None, gener
             else:
                 targets.append(torch.full((n,), c))
         starts.append(sum(map(len, rows)))
-    return TaskData(images[torch.cat(rows)], torch.cat(targets), tuple(starts), tuple(map(len, tasks)), flip)
+    return TaskData(images[torch.cat(rows)], torch.cat(targets), tuple(starts), tuple(map(len, tasks)), flip,
+                    tuple(tuple(map(name, task)) for task in tasks))  # fmt: skip
 
 
 def hold_out(train):
@@ -289,20 +294,55 @@ def make_images(images, shape):
 
 
 def load_image(file, shape):
-    """Read an image file as uint8 [H, W, C], resized (bilinear) where it is of another size.
+    """Read an image as a viewer shows it (`_as_shown`): uint8 [H, W, C], resized (bilinear) where of another size.
+
+    Args:
+        file: a path, or an open Pillow image.
+        shape: (C, H, W), C 1 or 3.
 
     Raises:
-        DataError: not an image, or of more than 8 bits a channel.
+        DataError: not an image, or of more than 16 bits per channel.
     """
     channels, height, width = shape
     try:
-        with Image.open(file) as image:
-            if image.mode.startswith(("I", "F")):
-                raise ValueError(f"its pixels are of mode {image.mode}; 8 bits a channel are needed")
-            image = image.convert("RGB" if channels == 3 else "L").resize((width, height), Image.Resampling.BILINEAR)
+        with warnings.catch_warnings(action="ignore"):  # Pillow warns of large images and of odd metadata
+            with contextlib.nullcontext(file) if isinstance(file, Image.Image) else Image.open(file) as image:
+                image.load()
+                image = _as_shown(image).convert("RGB" if channels == 3 else "L")
+            image = image.resize((width, height), Image.Resampling.BILINEAR)
+    except MemoryError:
+        raise
     except Exception as e:  # Pillow's readers raise nearly anything on a damaged file
-        raise DataError(f"{file}: not a readable image ({' '.join(str(e).split())[:120]})") from e
+        why = " ".join(str(e).split())[:120]
+        raise DataError(f"{file}: not a readable image ({why}); PNG and JPEG always are") from e
     return np.asarray(image).reshape(height, width, channels)
+
+
+def _as_shown(image):
+    """A loaded Pillow image with the pixels that a viewer shows.
+
+    Turned as its EXIF orientation says, the upper 8 of 16 bits, on white where it is transparent, in sRGB where it
+    brings a colour profile.
+    """
+    sixteen = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG")  # so before Pillow 11
+    profile = image.info.get("icc_profile")
+    with contextlib.suppress(Exception):  # a viewer shows an image of damaged metadata as it stands
+        image = ImageOps.exif_transpose(image)
+    if sixteen:
+        image = Image.fromarray((np.asarray(image).astype(np.uint32) * 255 // 65535).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"its pixels are of mode {image.mode}; 8 or 16 bits per channel are needed")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    elif image.mode == "P":
+        image = image.convert("RGB")
+    if profile:
+        with contextlib.suppress(ImageCms.PyCMSError, OSError):  # and passes over a profile that it cannot use
+            source, srgb = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
+            if "sRGB" not in ImageCms.getProfileDescription(source):
+                image = ImageCms.profileToProfile(image, source, srgb, outputMode="RGB")
+    return image
 
 
 def checksum(train, test):

@@ -39,7 +39,7 @@ def load_cache(path, num_classes):
     """Read one cache: a pickled dict of image_data [N, 84, 84, 3] uint8 and class_dict {class: its rows}.
 
     Returns:
-        List of arrays [n, 84, 84, 3], one a class, in the classes' alphabetical order.
+        An array [n, 84, 84, 3] for each class's name, in the names' alphabetical order.
 
     Raises:
         DataError: missing, damaged, asking for code, or not of this form.
@@ -61,7 +61,7 @@ def load_cache(path, num_classes):
         raise DataError(f"{path}: image_data must be uint8 [N, 84, 84, 3]")
     if not (isinstance(class_dict, dict) and len(class_dict) == num_classes):
         raise DataError(f"{path}: class_dict must hold {num_classes} classes")
-    classes = []
+    classes = {}
     for name in sorted(class_dict, key=str):
         try:
             rows = np.asarray(class_dict[name])
@@ -70,12 +70,12 @@ def load_cache(path, num_classes):
         whole = rows.ndim == 1 and rows.dtype.kind in "iu" and len(rows) >= 2
         if not whole or rows.min() < 0 or rows.max() >= len(images):
             raise DataError(f"{path}: class_dict: {str(name)[:40]} must list rows of image_data, at least two")
-        classes.append(images[rows])
+        classes[str(name)] = images[rows]
     return classes
 
 
 def load_mini_imagenet(data_dir):
-    """(train_images, train_labels), (test_images, test_labels), as `load_npz` gives them.
+    """The splits, as `load_npz` gives them, and the names of the classes by label (None: the file has none).
 
     The first 80 % of a class's rows train, the rest test. `<data_dir>/mini_imagenet.npz` goes before the three caches.
 
@@ -84,13 +84,16 @@ def load_mini_imagenet(data_dir):
     """
     npz = Path(data_dir) / "mini_imagenet.npz"
     if npz.exists():
-        return load_npz(npz, (84, 84, 3), sum(SPLITS.values()))
+        return load_npz(npz, (84, 84, 3), sum(SPLITS.values())), None
     folder = Path(data_dir) / "mini_imagenet"
-    classes = [c for split, n in SPLITS.items() for c in load_cache(folder / f"mini-imagenet-cache-{split}.pkl", n)]
+    caches = [load_cache(folder / f"mini-imagenet-cache-{split}.pkl", n) for split, n in SPLITS.items()]
+    classes = [images for cache in caches for images in cache.values()]
+    names = [name for cache in caches for name in cache]
 
     def join(parts):
         images = np.concatenate(parts).transpose(0, 3, 1, 2)
         labels = np.repeat(np.arange(len(parts)), [len(p) for p in parts])
         return torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels)
 
-    return join([c[: len(c) * 4 // 5] for c in classes]), join([c[len(c) * 4 // 5 :] for c in classes])
+    splits = join([c[: len(c) * 4 // 5] for c in classes]), join([c[len(c) * 4 // 5 :] for c in classes])
+    return splits, names

@@ -166,7 +166,9 @@ def test_metrics_of_a_result_by_hand(workspace):
     matrix = [[0.9, None, None], [0.6, 0.5, None], [0.7, 0.8, 0.4]]
     cost = dict.fromkeys(("seconds", "rows_trained", "parameters", "stored_rows"), 0)
     rounds = [{"tasks": [k]} for k in range(3)]
-    found = finish(settings, torch.device("cpu"), "fp32", matrix, rounds, cost)
+    names = [["a", "b"]] * 3
+    found = finish(settings, torch.device("cpu"), "fp32", names, matrix, rounds, cost)
+    assert found["class_names"] == names
     keys = ("average_accuracy", "learning_accuracy", "forgetting", "backward_transfer")
     # forgetting ((0.9 - 0.7) + (0.5 - 0.8)) / 2
     assert [found[key] for key in keys] == pytest.approx([1.9 / 3, 0.6, -0.05, 0.05])
@@ -360,12 +362,12 @@ def test_damaged_test_labels_are_written_again(workspace):
 def test_a_run_goes_on_only_with_every_setting_that_decides_it(tmp_path):
     free = {"resume", "dry_run", "out", "name", "data_dir", "tensorboard", "extend", "data_config", "hp_config"}
     settings = {f.name: 1 for f in fields(Settings)}
-    with open_folder(tmp_path / "a", settings, False, "a CPU"):
+    with open_folder(tmp_path / "a", settings, False, {"hardware": "a CPU"}):
         pass
     for key in settings:
         refused = pytest.raises(ConfigError, match=f"was run with {key} 1, not 2")
         with contextlib.nullcontext() if key in free else refused, open_folder(
-            tmp_path / "a", settings | {key: 2}, True, "a CPU"):  # fmt: skip
+            tmp_path / "a", settings | {key: 2}, True, {"hardware": "a CPU"}):  # fmt: skip
             pass
 
 

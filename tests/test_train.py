@@ -366,7 +366,8 @@ def test_renewing_takes_so_many_batches_at_most_drawn_and_augmented_as_in_traini
     crops = run_net.sample_crops
     backbone = run_net.run_backbone
     monkeypatch.setattr(run_net, "NORM_BATCHES", 3)
-    monkeypatch.setattr(run_net, "run_backbone", lambda net, x, _: seen.append((x, net.training)) or backbone(net, x, _))
+    monkeypatch.setattr(run_net, "run_backbone",
+                        lambda net, x, p: seen.append((x, net.training)) or backbone(net, x, p))
     monkeypatch.setattr(run_net, "sample_crops", lambda x, *more: cropped.append(len(x)) or crops(x, *more))
     train(build_net("conv", (1, 28, 28), [3, 2], 0.0, seed=1), epochs=2, batch=4, augment=True)
     assert len(seen) == len(cropped) == 2 * 5 + 3  # 20 rows are five batches of 4; of the sixth pass three are used

@@ -122,6 +122,9 @@ class Conditions:
         require_finite(loss, f"round {self.round + 1}, epoch {epoch + 1}: the training loss", self.lr)
         self.log.log_epoch(self.round, epoch=epoch, train_loss=loss, lr=self.lr,
                            seconds=time.perf_counter() - self.began)  # fmt: skip
+        if epoch + 1 == self.settings.epochs:
+            model = strategy.model
+            renew_batch_norm(model.net, (model.take_images(rows) for rows, *_ in strategy.dataloader), model.precision)
 
 
 def wrap_net(net, train, augment, precision, generator):
@@ -144,6 +147,7 @@ def wrap_net(net, train, augment, precision, generator):
         def __init__(self):
             super().__init__()
             self.net = net
+            self.precision = precision
             self.rows_trained = 0
 
         def adaptation(self, experience):
@@ -257,7 +261,6 @@ def train_peer(settings, precision, train, test, log):
     for k, tasks in enumerate([t] for t in range(num_tasks)) if settings.continual else [(0, list(range(num_tasks)))]:
         began = time.perf_counter()
         strategy.train([experiences[t] for t in tasks], eval_streams=[], reset_optimizer_state=True)
-        renew_batch_norm(net, (model.take_images(rows) for rows, *_ in strategy.dataloader), precision)
         seen = tasks[-1] + 1
         accuracy = [evaluate(net, test, t, precision, f"round {k + 1}") for t in range(seen)]
         seconds = time.perf_counter() - began
@@ -285,7 +288,8 @@ def run(settings):
             return None
         for k in range(settings.num_rounds):
             log.forget(k)
-        return finish(settings, device, precision, *train_peer(settings, precision, train, test, log))
+        outcome = train_peer(settings, precision, train, test, log)
+        return finish(settings, device, precision, train.class_names, *outcome)
 
 
 def main(argv=None):

@@ -213,7 +213,7 @@ def _parse(path, result, about):
     cost = {"networks": (sum(len(r["tasks"]) for r in rounds) + size * config["warm_start"]) / max(size, 1)}
     cost |= {key: result.get(key) for key in (*COST, "stored_rows", "stored_numbers")}
     checksum = (about.get("settings") or {}).get("data")
-    names = tuple(map(printable, task_names(config["tasks"], config["names"])[:size]))
+    names = tuple(map(printable, task_names(config["tasks"][:size], config["names"], result.get("class_names"))[:size]))
     for what, holds in {
         "classes": 0 < size == len(names) and all(isinstance(task, list) and len(task) > 1 for task in classes),
         "config": isinstance(continual, bool) and isinstance(config["seed"], int),

@@ -142,7 +142,7 @@ def load_run(folder, device):
         device: where the tensors go.
 
     Returns:
-        settings: a dict, as in config.yaml.
+        settings: a dict, as in config.yaml, and with class_names, which of older runs are the source labels.
         labels: [T] tensors [M_t], of the test rows of the tasks that the run is over.
         learners: a `Learner` per round, in their order.
         nets: a `MultiHead` for each, or None where the run kept none.
@@ -152,7 +152,9 @@ def load_run(folder, device):
     """
     path = Path(folder) / "config.yaml"
     try:
-        settings = load_yaml(path)["settings"]
+        about = load_yaml(path)
+        settings = about["settings"]
+        settings["class_names"] = about.get("class_names") or [list(map(str, task)) for task in settings["tasks"]]
         first = WARM if settings["warm_start"] else 0
         n = settings["num_rounds"] if settings["continual"] else len(settings["tasks"])
         path = Path(folder) / "test_labels.pt"

@@ -50,6 +50,11 @@ def record(settings, device, precision):
     return json.loads(json.dumps(asdict(settings) | {"device": device.type, "precision": precision}))
 
 
+def as_lists(tasks):
+    """Tuples of tuples as JSON and YAML know them."""
+    return [list(task) for task in tasks]
+
+
 def count_parameters(model, image_shape, classes, dropout):
     """Numbers that a network with these heads learns."""
     return sum(p.numel() for p in build_net(model, image_shape, classes, dropout, seed=0).parameters())
@@ -111,8 +116,9 @@ def open_run(settings, device, precision, train, test, plan):
     folder, about, found = find_run(settings, device, precision, train, test)
     first, second = describe(settings, device, precision, train, plan)
     work = settings.epochs * sum(rows for _, rows in plan)
-    names = task_names(settings.tasks, settings.names)
-    with open_folder(folder, about, settings.resume, describe_hardware(device)):
+    names = task_names(settings.tasks, settings.names, train.class_names)
+    origin = {"hardware": describe_hardware(device), "class_names": as_lists(train.class_names)}
+    with open_folder(folder, about, settings.resume, origin):
         try:
             load_tensors(folder / "test_labels.pt", "cpu")
         except (FileNotFoundError, ValueError):  # not yet there, or damaged
@@ -171,11 +177,12 @@ def copy_learners(source, folder):
     return copied
 
 
-def finish(settings, device, precision, matrix, rounds, cost):
+def finish(settings, device, precision, class_names, matrix, rounds, cost):
     """Write result.json, the last file, print and return it; docs/run_folder.md defines its keys.
 
     Args:
         settings, device, precision: see `open_run`.
+        class_names: of all tasks, as in `TaskData`.
         matrix: [rounds][tasks] test accuracy after each round, None where a task is not yet seen.
         rounds: a dict per round: tasks, weights, train_loss, seconds.
         cost: seconds, rows_trained, parameters, stored_rows and whatever else the method keeps.
@@ -189,12 +196,13 @@ def finish(settings, device, precision, matrix, rounds, cost):
         "forgetting": metrics.forgetting(matrix) if settings.continual else None,
         "backward_transfer": metrics.backward_transfer(matrix) if settings.continual else None,
         "rounds": rounds,
-        "classes": [list(task) for task in settings.tasks[: len(matrix[-1])]],
+        "classes": as_lists(settings.tasks[: len(matrix[-1])]),
+        "class_names": as_lists(class_names[: len(matrix[-1])]),
         "config": record(settings, device, precision),
         "versions": versions(),
         **cost,
     }
     folder = Path(settings.out) / settings.name
     write_file(folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())
-    print_result(result, task_names(settings.tasks, settings.names), folder)
+    print_result(result, task_names(settings.tasks, settings.names, class_names), folder)
     return result

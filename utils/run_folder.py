@@ -129,14 +129,14 @@ def check_folder(folder, settings, resume, inside="learners"):
 
 
 @contextlib.contextmanager
-def open_folder(folder, settings, resume, hardware, inside="learners"):
+def open_folder(folder, settings, resume, origin, inside="learners"):
     """Hold a run folder as its only writer: make it and its config.yaml, or go on with one of the same settings.
 
     Args:
         folder: path of the run folder.
         settings: what decides the run, as plain values.
         resume: whether an existing folder is to be gone on with.
-        hardware: what the run computes on, in words.
+        origin: what else its config.yaml is to say: the hardware in words, ...
         inside: name of the folder in it that holds what is trained.
 
     Raises:
@@ -158,7 +158,7 @@ def open_folder(folder, settings, resume, hardware, inside="learners"):
         raise RunError(f"{folder}: cannot be made or written ({e.strerror})") from e
     with lock:
         if not check_folder(folder, settings, resume=True, inside=inside):
-            about = {"settings": settings, "versions": versions(), "commit": commit(), "hardware": hardware}
+            about = {"settings": settings, "versions": versions(), "commit": commit(), **origin}
             write_file(folder / "config.yaml", dump_yaml(about, default_flow_style=None).encode())
         yield
 
