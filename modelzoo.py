@@ -6,6 +6,7 @@ learner on them, and predicts a task by averaging the learners that know it.
 import math
 import sys
 
+import utils  # noqa: F401  # isort: skip (before torch, for how its threads wait)
 import torch
 
 from datasets.data import make_images, replay_repeats, sample_replay
@@ -268,9 +269,8 @@ def grow_zoo(settings, precision, train, test, folder, log, old=()):
             matrix.append(zoo.accuracy[:seen] + unseen)
             rounds.append({"tasks": tasks, "weights": weights, "train_loss": zoo.loss[:seen] + unseen,
                            "seconds": learner.seconds})  # fmt: skip
-        known = [zoo.accuracy[t] for t in range(seen) if zoo.weights[t]]
         log.log_round(k, tasks=tasks, test_accuracy=sum(zoo.accuracy[:seen]) / seen, seconds=learner.seconds,
-                      known=known)  # fmt: skip
+                      known=[zoo.accuracy[t] for t in range(seen) if zoo.weights[t]])  # fmt: skip
     cost = {key: sum(getattr(learner, key) for learner in zoo.learners) for key in COST}
     revisits = not continual or settings.tasks_per_round > 1
     return matrix, rounds, cost | {"stored_rows": revisits * sum(map(len, kept))}

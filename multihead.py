@@ -5,6 +5,7 @@ import sys
 import time
 from dataclasses import replace
 
+import utils  # noqa: F401  # isort: skip (before torch, for how its threads wait)
 import torch
 
 from net.build_net import build_net, set_dropout_generator

@@ -1,10 +1,14 @@
 """Small real inputs: a data folder and config files that the commands read."""
+import os
+
 import numpy as np
 import pytest
 import torch
 import yaml
 
-torch.set_num_threads(1)  # the batches here are too small to share
+# The batches here are too small to share; of runs, and of the processes that tests start, too.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 CONV = {"model": "conv", "batch": 8, "lr": 0.01, "l2_reg": 1e-5, "dropout": 0, "epochs": 2, "schedule": "constant",
         "augment": False}  # fmt: skip

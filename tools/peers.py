@@ -16,6 +16,7 @@ import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import utils  # noqa: F401  # isort: skip (before torch, for how its threads wait)
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 

@@ -17,7 +17,7 @@ from utils.learner import COST, WARM, learner_path, make_learner
 from utils.log import first_seen, task_names
 from utils.run_folder import FREE, load_tensors
 
-APART = (*FREE, "save_nets", "seed", "names")  # settings that may differ within a group
+APART = (*FREE, "save_nets", "threads", "seed", "names")  # settings that may differ within a group
 DATA = ("dataset", "path", "size", "tasks")  # one setting here: which tasks
 ZOO_FLAGS = ("num_rounds", "tasks_per_round", "replay_frac", "naive", "warm_start")  # mean nothing for other kinds
 PEER_KINDS = {f"avalanche-{method}": f"Avalanche {name}" for method, name in peers.METHODS.items()}

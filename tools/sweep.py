@@ -19,7 +19,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import modelzoo  # noqa: E402
@@ -167,7 +166,7 @@ def read_finished(settings):
     except (ConfigError, ValueError, KeyError, TypeError) as e:
         raise ConfigError(f"{path}: not a whole result; remove its folder to have the run made again") from e
     # device and precision stand there as what auto came to where the run was made.
-    resolved = [key for key in ("device", "precision") if getattr(settings, key) == "auto"]
+    resolved = [key for key in ("device", "precision", "threads") if getattr(settings, key) in ("auto", None)]
     ours = json.loads(json.dumps(asdict(settings) | {"device": settings.device.split(":")[0]}))
     for key, value in ours.items():
         if key not in (*FREE, *resolved) and theirs.get(key) != value:
@@ -183,7 +182,7 @@ def execute(settings, loaded, cwd, threads):
         loaded: what `load_splits` gave, this node's one copy of it: not to be written to.
         cwd: the folder in which the sweep was started, which relative paths start from. On a node that does not have
             it the run is made in a temporary one.
-        threads: CPU cores to compute on.
+        threads: CPU cores to compute on, where neither the run's flags nor its folder say how many.
 
     Returns:
         outcome: dict of what changes in its `Row`.
@@ -191,7 +190,7 @@ def execute(settings, loaded, cwd, threads):
     """
     import ray
 
-    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
     node = ray.get_runtime_context().get_node_id()[:8]
     make = {"modelzoo": modelzoo.run, "multihead": multihead.run}[settings.method]
     with tempfile.TemporaryDirectory() as elsewhere:

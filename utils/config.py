@@ -39,6 +39,7 @@ class Settings:
     name: str
     device: str
     precision: str
+    threads: int | None = None  # None: those of the run that is resumed, else by machine and network
     continual: bool = False
     num_rounds: int = 1
     tasks_per_round: int = 0
@@ -76,15 +77,21 @@ def make_parser(prog, about):
     return p
 
 
+def add_run_flags(p):
+    """The flags of every script that trains in a run folder."""
+    p.add_argument("--tensorboard", action="store_true", help="also write TensorBoard events into the run folder")
+    p.add_argument("--threads", type=int, help="CPU threads (default: by cores and network; a resumed run's own)")
+
+
 def add_multihead_flags(p):
     """The flags of a script that trains on all tasks of a file, or on its first ones."""
-    p.add_argument("--tensorboard", action="store_true", help="also write TensorBoard events into the run folder")
+    add_run_flags(p)
     p.add_argument("--num_tasks", type=int, help="train on the dataset file's first tasks only (default: all)")
 
 
 def add_modelzoo_flags(p):
     """The flags of modelzoo.py."""
-    p.add_argument("--tensorboard", action="store_true", help="also write TensorBoard events into the run folder")
+    add_run_flags(p)
     p.add_argument("--continual", action="store_true", help="tasks arrive one per round, in the file's order")
     p.add_argument("--num_rounds", type=int, help="learners to train (default: 10; continual: one per task)")
     p.add_argument("--tasks_per_round", type=int, help="tasks that a learner trains on (default: 10; continual: 5)")
@@ -124,7 +131,8 @@ def make_settings(method, flags, kind=Settings):
     Raises:
         ConfigError: see `read_settings`.
     """
-    for flag, low in (("samples", 1), ("epochs", 1), ("num_rounds", 1), ("tasks_per_round", 1), ("num_tasks", 1)):
+    for flag, low in (("samples", 1), ("epochs", 1), ("num_rounds", 1), ("tasks_per_round", 1), ("num_tasks", 1),
+                      ("threads", 1)):  # fmt: skip
         if flags.get(flag) is not None:
             check(f"--{flag}", flags[flag], int, low, 10**6)
     if flags.get("tensorboard") and importlib.util.find_spec("tensorboard") is None:

@@ -1,4 +1,6 @@
 """What a run computes on: the device, the precision, and what they are called."""
+import math
+import os
 import platform
 import warnings
 from pathlib import Path
@@ -45,6 +47,27 @@ def choose_precision(precision, device):
             return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
         return "bf16" if torch.cpu.get_capabilities().get("avx512_bf16", False) else "fp32"
     return precision
+
+
+def default_threads(model):
+    """CPU threads that a run computes on where nobody says how many: OMP_NUM_THREADS, else by cores and network.
+
+    A step of conv is too short to be shared by more than four.
+    """
+    wanted = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    if wanted.isdecimal() and int(wanted):
+        return int(wanted)
+    return min(count_cores(), 4 if model == "conv" else 16)
+
+
+def count_cores():
+    """CPU cores that this process may use: by its affinity, and by its container's share of the machine's time."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(cores, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):  # no such file, or no limit: "max"
+        return cores
 
 
 def describe_hardware(device):

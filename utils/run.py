@@ -1,6 +1,7 @@
 """A run from its settings to its result: prepared before anything is written, opened, finished."""
 import contextlib
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,8 +11,8 @@ from datasets.build_dataset import build_dataset
 from datasets.data import checksum
 from net.build_net import build_net
 from utils import metrics
-from utils.config_files import ConfigError
-from utils.device import choose_device, choose_precision, describe_hardware
+from utils.config_files import ConfigError, load_yaml
+from utils.device import choose_device, choose_precision, default_threads, describe_hardware
 from utils.learner import learner_path, load_run
 from utils.log import RunLog, print_result, say_folded, task_names
 from utils.run_folder import FREE, check_folder, load_tensors, open_folder, save_tensors, versions, write_file
@@ -33,6 +34,7 @@ def prepare(settings, loaded=None):
         DataError: see `build_dataset`.
     """
     device = choose_device(settings.device)
+    torch.set_num_threads(settings.threads or recorded_threads(settings) or default_threads(settings.model))
     precision = choose_precision(settings.precision, device)
     generator = make_generator(settings.seed, 0, "data")
     train, test = build_dataset(settings.dataset, settings.tasks, settings.data_dir, generator, settings.samples,
@@ -45,9 +47,25 @@ def prepare(settings, loaded=None):
     return device, precision, train.to(device), test.to(device)
 
 
+def recorded_threads(settings):
+    """The number of threads that a run to be resumed was begun with, on which its last digits depend; else None.
+
+    Raises:
+        ConfigError: a damaged config.yaml.
+    """
+    file = Path(settings.out) / settings.name / "config.yaml"
+    if not settings.resume or not file.is_file():
+        return None
+    about = load_yaml(file)
+    threads = about["settings"].get("threads") if isinstance(about.get("settings"), dict) else None
+    older = re.search(r"(\d+) threads", str(about.get("hardware")))  # where runs said it at first
+    return threads if isinstance(threads, int) and threads > 0 else int(older[1]) if older else None
+
+
 def record(settings, device, precision):
-    """The settings as JSON and YAML know them, with the device and the precision that auto stood for."""
-    return json.loads(json.dumps(asdict(settings) | {"device": device.type, "precision": precision}))
+    """The settings as JSON and YAML know them, with the device, precision and threads that stand for the defaults."""
+    chosen = {"device": device.type, "precision": precision, "threads": torch.get_num_threads()}
+    return json.loads(json.dumps(asdict(settings) | chosen))
 
 
 def as_lists(tasks):
@@ -150,8 +168,8 @@ def check_extension(settings, device, precision, train, test):
     folder, mine = Path(settings.extend), record(settings, device, precision)
     theirs, _, learners, nets = load_run(folder, "cpu")
     n = len(theirs["tasks"])
-    # A precision and a device may change on the way.
-    apart = (*FREE, "num_rounds", "device", "precision", "data", "names", "save_nets")
+    # Precision, device and threads may change on the way.
+    apart = (*FREE, "num_rounds", "device", "precision", "threads", "data", "names", "save_nets")
     now = mine | {"tasks": mine["tasks"][:n], "tasks_per_round": min(mine["tasks_per_round"], n)}
     for key in now:
         if key not in apart and now[key] != theirs.get(key):

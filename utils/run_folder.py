@@ -166,8 +166,9 @@ def open_folder(folder, settings, resume, origin, inside="learners"):
 def _compare_settings(folder, mine, theirs):
     if not isinstance(theirs, dict):
         raise ConfigError(f"{folder / 'config.yaml'}: key settings is missing; take another --name")
+    older = {"threads"} - theirs.keys()  # which runs did not record at first
     for key in (*mine, *theirs):
-        if key not in FREE and mine.get(key) != theirs.get(key):
+        if key not in (*FREE, *older) and mine.get(key) != theirs.get(key):
             was, now = (reprlib.repr(values.get(key)) for values in (theirs, mine))
             raise ConfigError(f"--resume: {folder} was run with {key} {was}, not {now}; take another --name")
 

@@ -1,0 +1,119 @@
+"""The number of threads is the run's own: recorded, and taken again when it is resumed."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import modelzoo
+from tests.conftest import flags
+from utils import device
+from utils.command import command
+from utils.config_files import dump_yaml, load_yaml
+from utils.run import recorded_threads
+
+ROOT = Path(__file__).parent.parent
+
+
+def start(workspace, *more, threads):
+    done = subprocess.run([sys.executable, "modelzoo.py", *flags(workspace, "--continual", "--name", "a", *more)],
+                          cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": threads}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads((workspace / "runs/a/result.json").read_text())
+
+
+def test_a_run_resumed_where_another_number_is_the_default_ends_in_the_same_bits(workspace):
+    whole = start(workspace, threads="1")
+    assert load_yaml(workspace / "runs/a/config.yaml")["settings"]["threads"] == 1
+    first = (workspace / "runs/a/learners/002.pt").read_bytes()
+    for name in ("result.json", "learners/001.pt", "learners/002.pt"):
+        (workspace / "runs/a" / name).unlink()
+    resumed = start(workspace, "--resume", threads="2")
+    assert resumed["config"]["threads"] == 1
+    assert resumed["accuracy_matrix"] == whole["accuracy_matrix"]
+    assert [r["train_loss"] for r in resumed["rounds"]] == [r["train_loss"] for r in whole["rounds"]]
+    assert len((workspace / "runs/a/learners/002.pt").read_bytes()) == len(first)
+
+
+@pytest.fixture
+def threads_as_before():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def status(workspace, *more):
+    return command("modelzoo.py", "modelzoo", modelzoo.run, flags(workspace, "--num_rounds", "1", "--name", "a", *more))
+
+
+def test_another_number_is_refused_on_resume_and_the_flag_goes_before_the_default(
+    workspace, capsys, threads_as_before
+):
+    assert status(workspace, "--threads", "2") == 0 and torch.get_num_threads() == 2
+    assert status(workspace, "--resume", "--threads", "1") == 2
+    assert "was run with threads 2, not 1; take another --name" in capsys.readouterr().err
+    assert status(workspace, "--resume") == 0 and torch.get_num_threads() == 2
+    for bad in ("0", "-1", "two"):
+        assert status(workspace, "--threads", bad) == 2
+        assert "--threads" in capsys.readouterr().err
+
+
+def test_older_runs_said_it_among_their_hardware(workspace, capsys, threads_as_before):
+    assert status(workspace, "--threads", "2") == 0
+    file = workspace / "runs/a/config.yaml"
+    about = load_yaml(file)
+    del about["settings"]["threads"]
+    file.write_text(dump_yaml(about))
+    assert "2 threads" in about["hardware"]
+    torch.set_num_threads(1)
+    assert status(workspace, "--resume") == 0 and torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize("about", [{}, {"settings": 3, "hardware": 7}, {"settings": {"threads": "many"}}])
+def test_a_foreign_config_says_nothing(workspace, about):
+    from utils.config import read_settings
+
+    (workspace / "runs/a").mkdir(parents=True)
+    (workspace / "runs/a/config.yaml").write_text(dump_yaml(about or {"x": 1}))
+    settings = read_settings("x", "modelzoo", flags(workspace, "--name", "a", "--resume"))
+    assert recorded_threads(settings) is None
+
+
+def test_default(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3,2")
+    assert device.default_threads("conv") == 3
+    for unset in ("", "0", "all"):
+        monkeypatch.setenv("OMP_NUM_THREADS", unset)
+        monkeypatch.setattr(device, "count_cores", lambda: 64)
+        assert (device.default_threads("conv"), device.default_threads("wrn16_4")) == (4, 16)
+        monkeypatch.setattr(device, "count_cores", lambda: 2)
+        assert (device.default_threads("conv"), device.default_threads("wrn16_4")) == (2, 2)
+
+
+def test_cores_are_those_of_the_process_and_of_its_container(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
+    read_text = Path.read_text
+    for limit, cores in (("max 100000", 12), ("250000 100000", 3), ("50000 100000", 1), ("9999999 100000", 12)):
+        monkeypatch.setattr(Path, "read_text", lambda self, *a, limit=limit, **k:
+                            limit if self.name == "cpu.max" else read_text(self, *a, **k))  # fmt: skip
+        assert device.count_cores() == cores
+
+
+@pytest.mark.parametrize("given, waits", [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_wait_without_their_cores_unless_told_otherwise(given, waits):
+    """Of every file that is run, before torch is loaded."""
+    env = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    env |= {"OMP_WAIT_POLICY": given} if given else {}
+    for script in ("modelzoo", "multihead", "hpo", "tools.peers", "tools.bench"):
+        code = ("import os, sys, builtins\nbefore, policy = builtins.__import__, []\n"
+                "def watch(name, *rest):\n"
+                "    if name == 'torch' and not policy: policy.append(os.environ.get('OMP_WAIT_POLICY'))\n"
+                "    return before(name, *rest)\n"
+                f"builtins.__import__ = watch\nimport {script}\nprint(policy[0])")  # fmt: skip
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+        if script == "hpo" and "ray" in done.stderr:
+            continue  # without Ray
+        assert done.stdout.strip() == waits, (script, done.stderr)
