@@ -269,8 +269,8 @@ def grow_zoo(settings, precision, train, test, folder, log, old=()):
             matrix.append(zoo.accuracy[:seen] + unseen)
             rounds.append({"tasks": tasks, "weights": weights, "train_loss": zoo.loss[:seen] + unseen,
                            "seconds": learner.seconds})  # fmt: skip
-        log.log_round(k, tasks=tasks, test_accuracy=sum(zoo.accuracy[:seen]) / seen, seconds=learner.seconds,
-                      known=[zoo.accuracy[t] for t in range(seen) if zoo.weights[t]])  # fmt: skip
+        log.log_round(k, tasks=tasks, accuracy=zoo.accuracy[:seen], seconds=learner.seconds,
+                      known=[t for t in range(seen) if zoo.weights[t]])  # fmt: skip
     cost = {key: sum(getattr(learner, key) for learner in zoo.learners) for key in COST}
     revisits = not continual or settings.tasks_per_round > 1
     return matrix, rounds, cost | {"stored_rows": revisits * sum(map(len, kept))}

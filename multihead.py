@@ -161,7 +161,7 @@ def run(settings, loaded=None):
         accuracy = [metrics.accuracy(learner.test_logits[t], test.labels[test.rows(t)]) for t in tasks]
         log_probs = map(metrics.log_probs, learner.train_logits)
         loss = [metrics.negative_log_likelihood(p, train.labels[rows[t]]) for t, p in enumerate(log_probs)]
-        log.log_round(0, tasks=tasks, test_accuracy=metrics.average_accuracy([accuracy]), seconds=learner.seconds)
+        log.log_round(0, tasks=tasks, accuracy=accuracy, seconds=learner.seconds)
         rounds = [{"tasks": tasks, "weights": [], "train_loss": loss, "seconds": learner.seconds}]
         cost = {key: getattr(learner, key) for key in COST} | {"stored_rows": len(train.labels)}
         return finish(settings, device, precision, train.class_names, [accuracy], rounds, cost)

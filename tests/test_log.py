@@ -58,7 +58,11 @@ def test_tensorboard_holds_what_the_log_holds(workspace):
     for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines()):
         which, step = f"learner_{line['round']:03}" if "epoch" in line else "zoo", line.get("epoch", line["round"])
         for key, value in line.items():
-            if key not in ("round", "epoch", "tasks"):
+            if key == "accuracy":
+                for t, x in enumerate(value):
+                    tag = f"accuracy/{t} {('0 1', '2 3', '4 5')[t]}"
+                    expected[which].setdefault(tag, []).append((step, pytest.approx(x)))
+            elif key not in ("round", "epoch", "tasks"):
                 expected.setdefault(which, {}).setdefault(key, []).append((step, pytest.approx(value)))
     assert read_events(folder) == expected
     assert set(expected) == {"zoo", "learner_000", "learner_001", "learner_002"}
@@ -70,6 +74,27 @@ def test_tensorboard_holds_what_the_log_holds(workspace):
     assert set(again) == set(expected)
     assert again["learner_002"]["train_loss"] == expected["learner_002"]["train_loss"]
     assert [step for step, _ in again["zoo"]["test_accuracy"]] == [0, 1, 2]
+
+
+def test_points_of_a_curve_are_in_order_whatever_happened(workspace):
+    """Found by a user: 12 rounds came as 0, 5 ... 11, 1 ... 4, by the names of a curve's several files."""
+    more = ("--num_rounds", "12", "--tasks_per_round", "1", "--epochs", "1", "--samples", "5", "--tensorboard")
+    folder = workspace / "runs" / "a"
+
+    def check(epochs=1):
+        found = read_events(folder)
+        assert [step for step, _ in found["zoo"]["test_accuracy"]] == list(range(12))
+        assert all(len(found[f"learner_{k:03}"]["train_loss"]) == epochs for k in range(12))
+        assert {len(list(part.iterdir())) for part in (folder / "tensorboard").iterdir()} == {1}
+
+    start(workspace, "a", *more)
+    check()
+    start(workspace, "a", *more, "--resume")
+    check()
+    (folder / "learners" / "003.pt").write_bytes(b"damaged")  # trained again after the others are found
+    (folder / "learners" / "007.pt").unlink()
+    start(workspace, "a", *more, "--resume")
+    check()
 
 
 def test_tensorboard_without_the_package_is_one_line(workspace, monkeypatch):

@@ -267,7 +267,7 @@ def train_peer(settings, precision, train, test, log):
         seconds = time.perf_counter() - began
         matrix.append(accuracy + [None] * (num_tasks - seen))
         rounds.append({"tasks": tasks, "weights": [], "train_loss": [], "seconds": seconds})
-        log.log_round(k, tasks=tasks, test_accuracy=sum(accuracy) / seen, seconds=seconds)
+        log.log_round(k, tasks=tasks, accuracy=accuracy, seconds=seconds)
     cost = {"seconds": sum(r["seconds"] for r in rounds), "rows_trained": model.rows_trained,
             "parameters": sum(p.numel() for p in net.parameters()),
             "stored_rows": count_stored(strategy, train), "stored_numbers": count_numbers(strategy)}  # fmt: skip

@@ -77,7 +77,7 @@ class RunLog:
 
     def __init__(self, folder, rounds, work, tensorboard=False, names=(), continual=False):
         self.path = folder / "log.jsonl"
-        self.events = Events(folder / "tensorboard") if tensorboard else None
+        self.events = Events(folder / "tensorboard", names) if tensorboard else None
         self.rewrite(self.read())  # without the half line that a full disk or a power cut may leave
         self.rounds, self.names, self.continual = rounds, names, continual
         self.terminal = sys.stdout.isatty()
@@ -150,33 +150,34 @@ class RunLog:
         self.done += self.rows
         self.epoch = epoch + 1
 
-    def log_round(self, round, *, tasks, test_accuracy, seconds, known=None):
+    def log_round(self, round, *, tasks, accuracy, seconds, known=None):
         """Note the end of a round, once: a process that was killed may have done so before. Print it if it trained.
 
         Args:
             tasks: that the round's learner was trained on.
-            test_accuracy: mean over the tasks seen, in [0, 1].
-            known: in multi-task mode, the accuracies on the tasks that a learner was trained on.
+            accuracy: on the test rows of each task seen, in [0, 1].
+            known: indices of those that a learner was trained on (None: all).
         """
         if round not in self.round_lines:
-            self.write(round=round, tasks=tasks, test_accuracy=test_accuracy, seconds=seconds)
+            mean = sum(accuracy) / len(accuracy)
+            self.write(round=round, tasks=tasks, test_accuracy=mean, accuracy=accuracy, seconds=seconds)
+            if self.events and any(later > round for later in self.round_lines):
+                self.events.rewrite(self.read())  # a damaged learner was trained again: its point belongs in between
             self.round_lines.add(round)
         if self.training == round:
-            say(self._round_line(round, tasks, test_accuracy, seconds, known))
+            known = accuracy if known is None else [accuracy[t] for t in known]
+            say(self._round_line(round, tasks, known, seconds))
 
-    def _round_line(self, round, tasks, accuracy, seconds, known):
+    def _round_line(self, round, tasks, known, seconds):
         digits = len(str(self.rounds))
         where = f"round {round + 1:{digits}}/{self.rounds}" if round >= 0 else "warm start"
-        names = [self.names[t] for t in tasks]
+        names, mean = [self.names[t] for t in tasks], f"{100 * sum(known) / len(known):6.2f} %"
         if self.continual:
             what = f"new: {names[-1]}" + ("   with: " + ", ".join(names[:-1])) * (len(names) > 1)
-            mean = f"{100 * accuracy:6.2f} %"
         else:
             what = ("all tasks" if len(names) == len(self.names) else f"tasks: {', '.join(names)}")
-            unknown = len(self.names) - len(known or self.names)
-            accuracy = sum(known) / len(known) if known else accuracy
-            n = len(self.names) - unknown
-            mean = f"{100 * accuracy:6.2f} % on {n} known task{'s' * (n > 1)}"
+            unknown = len(self.names) - len(known)
+            mean += f" on {len(known)} known task{'s' * (len(known) > 1)}"
             mean += f", {unknown} not yet known" * (unknown > 0)
         return shorten(f"{where}   {mean}   {seconds:.1f} s   {what}", terminal_width())
 
@@ -230,14 +231,18 @@ class RunLog:
 
 
 class Events:
-    """The lines of a log.jsonl as TensorBoard events: one TensorBoard run a learner, and one of the zoo.
+    """The lines of a log.jsonl as TensorBoard events: one TensorBoard run per learner, and one of the zoo.
+
+    A run has one event file, because the names of several do not say in which order they were written.
 
     Args:
         folder: where they are written.
+        names: of the tasks.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder, names):
         self.folder = folder
+        self.names = names
         self.writers = {}
 
     def add(self, round, epoch=None, **values):
@@ -245,22 +250,25 @@ class Events:
         from torch.utils.tensorboard import SummaryWriter
 
         which = "zoo" if epoch is None else "learner_warm" if round < 0 else f"learner_{round:03}"
-        if epoch is None or epoch == 0:
-            self.close()  # the learner before is done, and what it wrote goes to disk
+        if epoch is None:
+            values |= {f"accuracy/{t} {self.names[t]}": x for t, x in enumerate(values.get("accuracy", ()))}
         try:
+            for done in self.writers.keys() - {which, "zoo"}:
+                self.writers.pop(done).close()
             if which not in self.writers:
                 self.writers[which] = SummaryWriter(str(self.folder / which))
             for key, value in values.items():
                 if isinstance(value, (int, float)):
                     self.writers[which].add_scalar(key, value, round if epoch is None else epoch)
+            self.writers[which].flush()
         except OSError as e:
             raise RunError(f"{self.folder}: cannot be written ({e.strerror}); the learners so far are safe") from e
 
     def rewrite(self, lines):
-        """Hold these lines and no others."""
+        """Hold these lines and no others, in the order of rounds and epochs."""
         self.close()
         shutil.rmtree(self.folder, ignore_errors=True)
-        for line in lines:
+        for line in sorted(lines, key=lambda line: (line["round"], line.get("epoch", math.inf))):
             self.add(**line)
 
     def close(self):
