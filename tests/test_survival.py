@@ -4,6 +4,7 @@
 """
 import codecs
 import contextlib
+import errno
 import fcntl
 import importlib
 import itertools
@@ -14,7 +15,10 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -214,6 +218,55 @@ def test_full_disk_is_one_line_and_loses_nothing(workspace):
     assert ".pt: cannot be written (File too large); what was written before it is safe" in output
     assert not list((workspace / "runs/b").rglob("*.part"))
     assert numbers(start(workspace, "b", "--continual", "--resume")) == numbers(whole)
+
+
+def lacks(call, number, step=1):
+    """The file system answers every `step`-th call of fsync or flock with an error."""
+    module, count = {"fsync": os, "flock": fcntl}[call], [0]
+    real = getattr(module, call)
+
+    def fail(*arguments):
+        count[0] += 1
+        if count[0] % step == 0:
+            raise OSError(number, os.strerror(number))
+        return real(*arguments)
+
+    setattr(module, call, fail)
+
+
+@pytest.mark.parametrize("call, number, step, note", [
+    # A user's: every second flush is a folder's.
+    ("fsync", errno.EINVAL, 2, None), ("fsync", errno.EPERM, 2, None),
+    ("fsync", errno.EINVAL, 1, "does not support flushing files to disk: after a power cut the last ones may be"),
+    ("fsync", errno.ENOTSUP, 1, "does not support flushing files to disk"),
+    ("fsync", errno.ENOSYS, 1, "does not support flushing files to disk"),
+    ("flock", errno.ENOLCK, 1, "does not support locks: start no other run in this folder meanwhile"),
+    ("flock", errno.ENOTSUP, 1, "does not support locks"), ("flock", errno.ENOSYS, 1, None),
+])  # fmt: skip
+def test_file_systems_of_clusters_that_lack_a_call(workspace, call, number, step, note):
+    whole = start(workspace, "a", "--continual")
+    code, output = finish(spawn(workspace, "--continual", "--name", "b", setups=[partial(lacks, call, number, step)]))
+    assert code == 0 and output.count("does not support") == (note is not None) and (note or "") in output
+    assert numbers(json.loads((workspace / "runs/b/result.json").read_text())) == numbers(whole)
+
+
+@pytest.mark.parametrize("number, words", [(errno.ENOSPC, "No space left"), (errno.EIO, "Input/output error"),
+                                           (errno.EDQUOT, "quota exceeded")])  # fmt: skip
+def test_a_flush_that_failed_is_never_passed_over(workspace, number, words):
+    """NFS tells of a full disk only then."""
+    code, output = finish(spawn(workspace, "--name", "b", setups=[partial(lacks, "fsync", number)]))
+    assert code == 2 and output.count("\n") == 1 and "config.yaml: cannot be written" in output and words in output
+    assert not (workspace / "runs/b/config.yaml").exists()
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
+def test_flushes_that_the_kernel_refuses(workspace):
+    trace = ["strace", "-f", "-qq", "-o", os.devnull, "-e", "trace=fsync", "-e", "inject=fsync:error=EINVAL:when=2+2"]
+    command = [sys.executable, "modelzoo.py", *flags(workspace, "--num_rounds", "2", "--name", "a")]
+    done = subprocess.run([*trace, *command], cwd=ROOT, capture_output=True, text=True)
+    if "ptrace" in done.stderr.lower():
+        pytest.skip("may not trace processes")
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("where", [".", "b", "b/learners"])

@@ -1,11 +1,14 @@
 """The run folder: files that are whole or not there, one writer, settings that a resumed run has to share."""
 import contextlib
+import errno
 import hashlib
 import io
 import os
 import platform
 import reprlib
 import subprocess
+import sys
+import warnings
 from importlib import metadata
 from pathlib import Path
 
@@ -16,6 +19,8 @@ from utils.config_files import ConfigError, dump_yaml, load_yaml
 
 # Settings that may change when a run is resumed: those that decide nothing, and files, which count by what they say.
 FREE = ("resume", "dry_run", "out", "name", "data_dir", "tensorboard", "extend", "data_config", "hp_config")
+# What a file system says of a call that it does not have: those of clusters, of other systems and in memory lack some.
+LACKING = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 SEAL = b"sha256:"  # a tensor file ends in this and the checksum of all before it
 
 
@@ -34,17 +39,36 @@ def write_file(path, data):
         with open(part, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            with passing_over("flushing files to disk", "after a power cut the last ones may be damaged"):
+                os.fsync(file.fileno())
         os.replace(part, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the new name itself
-        finally:
-            os.close(folder)
     except OSError as e:
         with contextlib.suppress(OSError):
             part.unlink()
         raise RunError(f"{path}: cannot be written ({e.strerror}); what was written before it is safe") from e
+    # The new name itself. The file is whole, and a name that a power cut takes back is at worst a learner's.
+    with contextlib.suppress(OSError):
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+@contextlib.contextmanager
+def passing_over(what, risk):
+    """Go on where the file system lacks a call; the first time, say so and what that risks."""
+    try:
+        yield
+    except (OSError, NotImplementedError) as e:
+        if isinstance(e, OSError) and e.errno not in LACKING:
+            raise
+        if what not in _said:
+            _said.add(what)
+            print(f"note: this file system does not support {what}: {risk}", file=sys.stderr)
+
+
+_said = set()
 
 
 def save_tensors(path, tree):
@@ -149,18 +173,22 @@ def open_folder(folder, settings, resume, origin, inside="learners"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(exist_ok=resume)
         (folder / inside).mkdir(exist_ok=True)
-        lock.acquire()
+        warned = warnings.catch_warnings(action="ignore")  # newer filelocks warn, and let the file itself be the lock
+        with passing_over("locks", "start no other run in this folder meanwhile"), warned:
+            lock.acquire()
     except FileExistsError as e:
         raise ConfigError(f"{folder}: another process has just made it; take another --name") from e
     except Timeout as e:
         raise ConfigError(f"{folder}: another process is writing it; wait for it or take another --name") from e
     except OSError as e:
         raise RunError(f"{folder}: cannot be made or written ({e.strerror})") from e
-    with lock:
+    try:
         if not check_folder(folder, settings, resume=True, inside=inside):
             about = {"settings": settings, "versions": versions(), "commit": commit(), **origin}
             write_file(folder / "config.yaml", dump_yaml(about, default_flow_style=None).encode())
         yield
+    finally:
+        lock.release()
 
 
 def _compare_settings(folder, mine, theirs):
