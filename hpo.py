@@ -17,7 +17,7 @@ from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-import utils  # noqa: F401  # isort: skip (before torch, for how its threads wait)
+import before_torch  # noqa: F401  # isort: skip
 import torch
 
 from datasets.data import checksum, hold_out

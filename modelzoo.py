@@ -6,7 +6,7 @@ learner on them, and predicts a task by averaging the learners that know it.
 import math
 import sys
 
-import utils  # noqa: F401  # isort: skip (before torch, for how its threads wait)
+import before_torch  # noqa: F401  # isort: skip
 import torch
 
 from datasets.data import make_images, replay_repeats, sample_replay
@@ -123,7 +123,7 @@ class Zoo:
         """Class probabilities of new images, by a zoo that was loaded.
 
         Args:
-            images: as `make_images` takes them: a uint8 array or tensor, or a list of image files.
+            images: as `make_images` takes them: uint8 arrays or tensors, Pillow images, files, a list, or one image.
             task: its index in the config, or its name.
 
         Returns:

@@ -5,7 +5,7 @@ import sys
 import time
 from dataclasses import replace
 
-import utils  # noqa: F401  # isort: skip (before torch, for how its threads wait)
+import before_torch  # noqa: F401  # isort: skip
 import torch
 
 from net.build_net import build_net, set_dropout_generator
@@ -65,11 +65,11 @@ def train_epochs(settings, precision, train, tasks, rows, round, start=None, wat
     )  # fmt: skip
     for values, snapshot in epochs:
         where = f"round {round + 1}, epoch {values['epoch'] + 1}"
-        require_finite(values["train_loss"], f"{where}: the training loss", values["lr"])
+        require_finite(values["train_loss"], f"{where}: the training loss", values["lr"], precision)
         yield net, values, snapshot
 
 
-def require_finite(value, what, lr):
+def require_finite(value, what, lr, precision):
     """Stop a run whose learner diverges, before it joins the zoo.
 
     Raises:
@@ -77,7 +77,7 @@ def require_finite(value, what, lr):
     """
     if not math.isfinite(value):
         raise RunError(f"{what} is {value} at learning rate {lr:.3g}; the learners before this one are safe; "
-                       "try a lower lr or --precision fp32")  # fmt: skip
+                       f"try a lower lr{' or --precision fp32' * (precision != 'fp32')}")  # fmt: skip
 
 
 def train_learner(settings, precision, train, test, tasks, rows, seen, round, log, checkpoint=None):
@@ -115,11 +115,12 @@ def train_learner(settings, precision, train, test, tasks, rows, seen, round, lo
     classes = [train.classes[t] for t in tasks]
     train_logits, test_logits = [], []
     for head, (t, looked_at) in enumerate(zip(tasks, seen, strict=True)):
-        train_logits.append(predict_logits(net, train.images, looked_at, head, classes[head], precision))
-        test_logits.append(predict_logits(net, test.images, test.rows(t), head, classes[head], precision))
+        rest = (head, classes[head], precision, 2 * settings.batch)
+        train_logits.append(predict_logits(net, train.images, looked_at, *rest))
+        test_logits.append(predict_logits(net, test.images, test.rows(t), *rest))
         for logits in (train_logits[-1], test_logits[-1]):
             largest = f"round {round + 1}: after training the largest logit"
-            require_finite(logits.abs().max().item(), largest, values["lr"])
+            require_finite(logits.abs().max().item(), largest, values["lr"], precision)
     cost = (time.perf_counter() - began, settings.epochs * n, sum(p.numel() for p in net.parameters()))
     saved = describe_net(settings, precision, train.images.shape[1:], classes, net) if settings.save_nets else None
     return Learner(tuple(tasks), tuple(train_logits), tuple(test_logits), *cost, saved)

@@ -1,12 +1,16 @@
 """From a dataset's name to its tasks."""
+import os
 from pathlib import Path
 
+import torch
+
 from datasets.cifar import CIFAR10, CIFAR100, NOISY, load_cifar10, load_cifar100
-from datasets.data import DataError, load_npz, make_tasks
+from datasets.data import DataError, NoRows, make_tasks
 from datasets.digits import load_digits
 from datasets.mini_imagenet import load_mini_imagenet
 from datasets.mnist import load_mnist
 from datasets.modmnist import modify
+from datasets.npz import load_npz
 
 PHOTOGRAPHS = ("cifar10", "cifar100", "mini_imagenet", "image_folder")  # a mirrored one still shows its class
 
@@ -22,7 +26,8 @@ def load_splits(dataset, tasks, data_dir, path=None, size=None):
         size: of image_folder, side in pixels.
 
     Returns:
-        splits: (train_images, train_labels), (test_images, test_labels): uint8 [N, C, H, W] and int64 [N].
+        splits: (train_images, train_labels), (test_images, test_labels): uint8 [N, C, H, W] and int64 [N]. Images of
+            files that may be large are read when they are indexed by rows.
         tasks: their source labels as the rows have them: an image folder's class names are numbers by now.
         names: of the classes, by source label; None where the data have none and the label has to do.
 
@@ -84,17 +89,35 @@ def build_dataset(dataset, tasks, data_dir, generator, samples=None, path=None, 
         train = make_tasks(train_images, train_labels, tasks, flip, samples, noisy_from, generator, name)
         split = "test"
         return train, make_tasks(test_images, test_labels, tasks, flip, name=name)
-    except DataError as e:
+    except NoRows as e:
         raise DataError(f"{path or dataset}: {e} among the {split} images") from e
+
+
+def load_whole(*data):
+    """As `load_splits`, with the images of the tasks' labels in memory: other processes may read them there."""
+    splits, tasks, names = load_splits(*data)
+    labels = torch.tensor(sorted({label for task in tasks for label in task}))
+    whole = []
+    for images, targets in splits:
+        rows = torch.isin(targets, labels).nonzero().squeeze(1)
+        whole.append((images[rows], targets[rows]))
+    return tuple(whole), tasks, names
 
 
 def _inside(data_dir, path):
     """`path` below `data_dir`: a config that somebody sent reads nothing elsewhere, but where links there lead."""
+    path = os.path.expanduser(path)
     whole = Path(data_dir) / path
     try:
+        if "\\" in path and not whole.exists():  # written on Windows
+            whole = Path(data_dir) / (path := path.replace("\\", "/"))
         whole.exists()
     except (OSError, ValueError, RuntimeError) as e:  # a path too long, with a null in it, a loop of links
         raise DataError(f"path: {path!r:.80} is not one that a file can have") from e
-    if Path(path).is_absolute() or ".." in Path(path).parts:
+    if Path(path).is_absolute():
+        inside = Path(path).is_relative_to(Path(data_dir).absolute())
+        rest = f"write {Path(path).relative_to(Path(data_dir).absolute())}" if inside else "set --data_dir for it"
+        raise DataError(f"path: {path} is absolute; it is taken below --data_dir, {data_dir}: {rest}")
+    if os.path.normpath(path).split(os.sep)[0] == "..":
         raise DataError(f"path: {path} leads out of {data_dir}; it is taken below --data_dir")
     return whole

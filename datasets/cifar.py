@@ -1,7 +1,7 @@
 """CIFAR-10 and CIFAR-100: 50,000 + 10,000 photographs, 32 x 32."""
 import torch
 
-from datasets.data import load_or_download
+from datasets.npz import load_or_download
 
 CIFAR10 = [  # by label
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",

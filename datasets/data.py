@@ -8,7 +8,6 @@ import os
 import warnings
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,6 +17,10 @@ from torch import Tensor
 
 class DataError(Exception):
     """Data that are missing, damaged or of the wrong shape, told in one line that names the file."""
+
+
+class NoRows(DataError):
+    """A label of which a split has none."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class TaskData:
     starts: tuple[int, ...]
     classes: tuple[int, ...]
     flip: bool
-    class_names: tuple[tuple[str, ...], ...]
+    class_names: tuple[tuple[str, ...], ...] = ()
 
     def rows(self, t):
         """Row numbers of task t, [N_t] int64."""
@@ -59,7 +62,7 @@ def make_tasks(images, labels, tasks, flip, samples=None, noisy_from=None, gener
     """Sort rows by task and relabel each task's source labels to 0 .. C_t - 1, in the order that the task lists them.
 
     Args:
-        images: [M, C, H, W] uint8.
+        images: [M, C, H, W] uint8, a tensor or whatever gives one of the rows that it is indexed by.
         labels: [M] int64 source labels.
         tasks: source labels of each task; a label may stand in several tasks.
         flip: see `TaskData`.
@@ -70,7 +73,8 @@ def make_tasks(images, labels, tasks, flip, samples=None, noisy_from=None, gener
         name: gives the name of the class of a source label.
 
     Raises:
-        DataError: a label has no rows.
+        NoRows: a label has none.
+        DataError: the images cannot be read, or are too large.
     """
 
     def derive(*key):
@@ -82,7 +86,7 @@ def make_tasks(images, labels, tasks, flip, samples=None, noisy_from=None, gener
     for label in sorted({label for task in tasks for label in task}):
         rows = (labels == label).nonzero().squeeze(1)
         if len(rows) == 0:
-            raise DataError(f"label {label} has no rows")
+            raise NoRows(f"label {label} has no rows")
         if samples is not None and len(rows) > samples:
             rows = rows[torch.randperm(len(rows), generator=derive("samples", label))[:samples].sort().values]
         rows_of[label] = rows
@@ -163,114 +167,23 @@ def replay_repeats(num_tasks, replay_frac):
     return max(math.floor(1 / ((num_tasks - 1) * Fraction(repr(replay_frac)))), 1)
 
 
-def load_npz(path, shape=None, num_labels=None):
-    """Read train_images, train_labels, test_images, test_labels from an .npz file.
-
-    Images are uint8 [N, H, W] or [N, H, W, C]; labels whole numbers [N] or [N, 1]. Nothing in the file is executed.
-
-    Args:
-        path: the file.
-        shape: (H, W, C) that the images must have (None: any).
-        num_labels: labels must lie below it (None: any from 0 on).
-
-    Returns:
-        (train_images, train_labels), (test_images, test_labels): uint8 [N, C, H, W] and int64 [N].
-
-    Raises:
-        DataError: missing, damaged, or not of these shapes and types.
-    """
+def allocate(shape, what):
+    """An empty uint8 tensor; where memory does not suffice, a `DataError` that says for `what`, and how much."""
     try:
-        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
-            keys = [f"{split}_{what}" for split in ("train", "test") for what in ("images", "labels")]
-            missing = [key for key in keys if key not in file]
-            if missing:
-                raise DataError(f"{path}: no array {missing[0]}; an npz file holds {', '.join(keys)}")
-            arrays = {key: file[key] for key in keys}
-    except FileNotFoundError as e:
-        raise DataError(f"{path}: no such file") from e
-    except DataError:
-        raise
-    except Exception as e:  # numpy and zipfile raise nearly anything on a damaged file
-        raise DataError(f"{path}: not a whole .npz file ({' '.join(str(e).split())[:120]})") from e
-    return _make_splits(path, arrays, shape, num_labels)
-
-
-def _make_splits(path, arrays, shape, num_labels):
-    """Check the four arrays of an npz file and turn them into what `load_npz` returns."""
-    splits = []
-    for split in ("train", "test"):
-        images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
-        if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[3:] not in ((), (1,), (3,)):
-            raise DataError(f"{path}: {split}_images must be uint8 [N, H, W] or [N, H, W, 1 or 3], "
-                            f"not {images.dtype} {list(images.shape)}")
-        images = images[..., None] if images.ndim == 3 else images
-        if shape is not None and images.shape[1:] != shape:
-            raise DataError(f"{path}: {split}_images must be {list(shape)} each, not {list(images.shape[1:])}")
-        labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
-        if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
-            raise DataError(f"{path}: {split}_labels must be whole numbers [{len(images)}] like {split}_images, "
-                            f"not {labels.dtype} {list(labels.shape)}")
-        if len(labels) == 0:
-            raise DataError(f"{path}: {split}_images holds no rows")
-        if labels.min() < 0 or labels.max() >= (num_labels or 2**31):
-            raise DataError(f"{path}: {split}_labels must lie in 0 .. {(num_labels or 2**31) - 1}, "
-                            f"not {labels.min()} .. {labels.max()}")
-        images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
-        splits.append((torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))))
-    if splits[0][0].shape[1:] != splits[1][0].shape[1:]:
-        raise DataError(f"{path}: train_images and test_images are not of one size")
-    return tuple(splits)
-
-
-def load_or_download(name, torchvision_class, files, data_dir, shape, num_labels):
-    """Read `<data_dir>/<name>.npz`; where there is none, let torchvision read or download its files and leave one.
-
-    Args:
-        name: of the dataset and its cache: mnist, cifar10, cifar100.
-        torchvision_class: name of the class in torchvision.datasets.
-        files: the folder below data_dir in which torchvision keeps its files.
-        shape, num_labels: see `load_npz`, as is the result.
-
-    Raises:
-        DataError: neither data nor network, or a damaged file.
-    """
-    cache = Path(data_dir) / f"{name}.npz"
-    if cache.exists():
-        return load_npz(cache, shape, num_labels)
-    import torchvision  # slow to import, and needed here alone
-
-    make = getattr(torchvision.datasets, torchvision_class)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            sets = [make(data_dir, train=train, download=True) for train in (True, False)]
-    except Exception as e:  # torchvision raises nearly anything where a file is damaged or the network is away
-        raise DataError(
-            f"{name}: no data: looked for {cache} and for torchvision's files in {Path(data_dir) / files}, and the "
-            f"download failed ({' '.join(str(e).split())[:80]}); connect this machine to the network, or put either "
-            "of the two there"
-        ) from e
-    arrays = {}
-    for split, data in zip(("train", "test"), sets, strict=True):
-        arrays[f"{split}_images"] = np.asarray(data.data)
-        arrays[f"{split}_labels"] = np.asarray(data.targets, np.uint8)
-    splits = _make_splits(cache, arrays, shape, num_labels)
-    part = cache.with_suffix(f".{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            np.savez(file, **arrays)
-        os.replace(part, cache)
-    except OSError:  # a shared folder that is read-only: the files that were read stay what is read
-        with contextlib.suppress(OSError):
-            part.unlink()
-    return splits
+        return torch.empty(shape, dtype=torch.uint8)
+    except (RuntimeError, MemoryError) as e:
+        size = " x ".join(map(str, shape[1:]))
+        raise DataError(f"{what} of {size} take {math.prod(shape) / 1e9:.1f} GB, more than there is memory for; "
+                        "try --samples, fewer tasks or smaller images") from e  # fmt: skip
 
 
 def make_images(images, shape):
     """New images as the networks take them.
 
     Args:
-        images: an array uint8 [N, H, W] or [N, H, W, C], as in an npz file; or a tensor uint8 [N, C, H, W]; or a list
-            of image files, which are turned into C channels and resized to H x W (bilinear).
+        images: an array uint8 [N, H, W] or [N, H, W, C], as in an npz file; a tensor uint8 [N, C, H, W]; a list of
+            single images, each an array or tensor without N, a Pillow image, or an image file (path or open), the last
+            two being turned into C channels and resized to H x W (bilinear); or one such image alone.
         shape: (C, H, W).
 
     Returns:
@@ -279,17 +192,41 @@ def make_images(images, shape):
     Raises:
         DataError: another type or shape, or a file that is not an image.
     """
-    if isinstance(images, (list, tuple)):
-        if not images:
-            raise DataError("no images")
-        images = np.stack([load_image(file, shape) for file in images])
+    if isinstance(images, np.ndarray) and images.dtype.kind in "OU":  # of paths
+        images = images.tolist()
+    if not isinstance(images, (list, tuple)):
+        return _make_images(images, shape)
+    if not images:
+        raise DataError("images: the list is empty")
+    made = [_make_images(image, shape) for image in images]
+    i = next((i for i, image in enumerate(made) if len(image) != 1), None)
+    if i is not None:
+        raise DataError(f"images: number {i} of the list (counted from 0) is {len(made[i])} images, not one")
+    return torch.cat(made)
+
+
+def _make_images(images, shape):
+    """`make_images` of anything but a list."""
+    c, h, w = shape
+    if isinstance(images, (str, os.PathLike, Image.Image)) or hasattr(images, "read"):
+        return torch.tensor(load_image(images, shape)).permute(2, 0, 1)[None]
+    if not isinstance(images, (np.ndarray, torch.Tensor)):
+        raise DataError(f"images must be an array, a tensor, an image, a file or a list of these, not of type "
+                        f"{type(images).__name__}")  # fmt: skip
+    found = f"{str(images.dtype).removeprefix('torch.')} {list(images.shape)}"
+    single, dims = tuple(images.shape), images.ndim
+    if isinstance(images, torch.Tensor):
+        images, fits = (images[None], True) if single == (c, h, w) else (images, dims == 4 and single[1:] == (c, h, w))
+        layout = f"[N, {c}, {h}, {w}]"
+    else:
+        if single == (h, w, c) or c == 1 and single == (h, w):
+            images = images[None]
+        fits = images.shape[1:] == (h, w, c) or c == 1 and images.shape[1:] == (h, w)
+        layout = f"[N, {h}, {w}, {c}]" + f" or [N, {h}, {w}]" * (c == 1)
+    if not fits or images.dtype not in (np.uint8, torch.uint8):
+        raise DataError(f"images must be uint8 {layout}, as the networks were trained on, not {found}")
     if isinstance(images, np.ndarray):
-        images = torch.tensor(np.ascontiguousarray(images[..., None] if images.ndim == 3 else images))
-        images = images.permute(0, 3, 1, 2) if images.ndim == 4 else images
-    if not isinstance(images, torch.Tensor):
-        raise DataError(f"images must be an array, a tensor or a list of files, not {type(images).__name__}")
-    if images.dtype != torch.uint8 or images.ndim != 4 or tuple(images.shape[1:]) != tuple(shape):
-        raise DataError(f"images must be uint8 with (C, H, W) {tuple(shape)}, not {images.dtype} {list(images.shape)}")
+        images = torch.tensor(np.ascontiguousarray(images)).view(-1, h, w, c).permute(0, 3, 1, 2)
     return images
 
 
@@ -316,6 +253,15 @@ def load_image(file, shape):
         why = " ".join(str(e).split())[:120]
         raise DataError(f"{file}: not a readable image ({why}); PNG and JPEG always are") from e
     return np.asarray(image).reshape(height, width, channels)
+
+
+def is_image(file):
+    """Whether a file looks like an image of a kind that Pillow reads, whatever its name ends in."""
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(file):
+            return True
+    except Exception:  # see `load_image`
+        return False
 
 
 def _as_shown(image):

@@ -4,11 +4,10 @@ import sys
 import unicodedata
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 
-from datasets.data import DataError, load_image
+from datasets.data import DataError, allocate, is_image, load_image
 
 
 def load_image_folder(path, tasks, size):
@@ -21,7 +20,8 @@ def load_image_folder(path, tasks, size):
         size: side in pixels that every image is resized to (bilinear).
 
     Returns:
-        splits, tasks: as `load_npz` gives them, [N, 3, size, size], and the tasks in indices.
+        splits: (images, labels), (images, labels), as of `load_npz`: `FolderImages` and int64 [N].
+        tasks: with indices for labels.
         names: of the classes, a text per index.
 
     Raises:
@@ -37,13 +37,15 @@ def load_image_folder(path, tasks, size):
     for i, task in enumerate(indices):
         if len(set(task)) < len(task):
             raise DataError(f"{splits[0]}: task {i} (counted from 0) lists a class twice, by name and by index")
-    labels, passed_over = sorted({label for task in indices for label in task}), []
-    loaded = []
+    labels, passed_over, loaded = sorted({label for task in indices for label in task}), [], []
     for split, found in zip(splits, folders, strict=True):
         missing = next((names[label] for label in labels if names[label] not in found), None)
         if missing is not None:
             raise DataError(f"{split / missing}: no such folder, though {splits[0]} has this class")
-        loaded.append(_load_split([(found[names[label]], label) for label in labels], size, passed_over))
+        files = [_image_files(found[names[label]], passed_over) for label in labels]
+        counts = torch.tensor(list(map(len, files)))
+        images = FolderImages([file for of_class in files for file in of_class], size)
+        loaded.append((images, torch.tensor(labels).repeat_interleave(counts)))
     if passed_over:
         print(f"{path}: {len(passed_over)} files that are no images were passed over, such as "
               f"{ascii(str(passed_over[0]))[1:-1]}", file=sys.stderr)  # fmt: skip
@@ -91,23 +93,38 @@ def _find(split, names, label, i):
                     f"there are {len(names)}: {', '.join(names)[:200]}")  # fmt: skip
 
 
-def _load_split(classes, size, passed_over):
-    """Images and labels of (folder, label) pairs; files that are no images are added to `passed_over`."""
+class FolderImages:
+    """Image files, read when rows of them are asked for.
+
+    Attributes:
+        shape: (N, 3, size, size).
+    """
+
+    def __init__(self, files, size):
+        self.files = files
+        self.shape = (len(files), 3, size, size)
+
+    def __getitem__(self, rows):
+        """uint8 [n, 3, size, size] of `rows`, [n] int64; a `DataError` where a file cannot be read."""
+        _, c, h, w = self.shape
+        images = allocate((len(rows), c, h, w), f"{len(rows):,} images")
+        for i, row in enumerate(rows.tolist()):
+            images[i] = torch.tensor(load_image(self.files[row], (c, h, w))).permute(2, 0, 1)
+        return images
+
+
+def _image_files(folder, passed_over):
+    """The image files below a class's folder; others are added to `passed_over`."""
     readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    images, labels = [], []
-    for folder, label in classes:
-        before = len(images)
-        for file in _files(folder):
-            try:
-                images.append(load_image(file, (3, size, size)))
-                labels.append(label)
-            except DataError:
-                if file.suffix.lower() in readable | {".heic", ".heif"}:
-                    raise
-                passed_over.append(file)
-        if len(images) == before:
-            raise DataError(f"{folder}: no images of this class")
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
+    found = []
+    for file in _files(folder):
+        if file.suffix.lower() in readable | {".heic", ".heif"} or is_image(file):
+            found.append(file)
+        else:
+            passed_over.append(file)
+    if not found:
+        raise DataError(f"{folder}: no images of this class")
+    return found
 
 
 def _files(folder):

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from datasets.data import DataError, load_npz
+from datasets.data import DataError
+from datasets.npz import load_npz
 
 SPLITS = {"train": 64, "val": 16, "test": 20}  # classes in each cache; our labels run through them in this order
 
@@ -52,6 +53,8 @@ def load_cache(path, num_classes):
             f"{path}: no such file; fetch mini-imagenet-cache-train.pkl, -val.pkl and -test.pkl by hand into "
             f"{Path(path).parent}, or put mini_imagenet.npz into {Path(path).parent.parent}"
         ) from e
+    except MemoryError:
+        raise
     except Exception as e:  # a damaged pickle can raise nearly anything
         raise DataError(f"{path}: not a mini-ImageNet cache ({' '.join(str(e).split())[:120]})") from e
     if not (isinstance(cache, dict) and {"image_data", "class_dict"} <= cache.keys()):

@@ -1,5 +1,5 @@
 """MNIST: 60,000 + 10,000 images of handwritten digits, 28 x 28."""
-from datasets.data import load_or_download
+from datasets.npz import load_or_download
 
 
 def load_mnist(data_dir):

@@ -7,8 +7,34 @@ from net.smallconv import SmallConv
 from net.wideresnet import Dropout, WideResNet
 
 
+class HeadProducts(torch.autograd.Function):
+    """Each row through its own head: a matrix product per head that has rows, and none for the others."""
+
+    @staticmethod
+    def forward(ctx, features, weight, bias, heads):
+        order = heads.argsort(stable=True)
+        present, counts = heads.unique(return_counts=True)
+        ctx.rows = list(zip(present.tolist(), order.split(counts.tolist()), strict=True))
+        ctx.save_for_backward(features, weight)
+        logits = features.new_empty(len(heads), weight.shape[1])
+        for t, i in ctx.rows:
+            logits[i] = torch.addmm(bias[t], features[i], weight[t].T)
+        return logits
+
+    @staticmethod
+    def backward(ctx, gradient):
+        features, weight = ctx.saved_tensors
+        of_features, of_weight = torch.empty_like(features), torch.zeros_like(weight)
+        of_bias = weight.new_zeros(weight.shape[:2])
+        for t, i in ctx.rows:
+            of_features[i] = gradient[i] @ weight[t]
+            torch.mm(gradient[i].T, features[i], out=of_weight[t])
+            of_bias[t] = gradient[i].sum(0)
+        return of_features, of_weight, of_bias, None
+
+
 class Heads(nn.Module):
-    """One linear layer a task, as one weight that each row gathers its own slice of: no loop, no waiting for the host.
+    """One linear layer per task, in one weight.
 
     Args:
         features: D.
@@ -31,14 +57,21 @@ class Heads(nn.Module):
 
     def forward(self, features, heads):
         """Logits [B, C_max] of features [B, D], row b through head heads[b] ([B] int64); -inf past that head's C_t."""
-        # An embedding's gradient is summed in a fixed order; an index's, on a CPU's threads, in whichever comes.
-        weight = F.embedding(heads, self.weight.flatten(1)).view(len(heads), *self.weight.shape[1:])
-        logits = torch.einsum("bd,bcd->bc", features, weight) + F.embedding(heads, self.bias)
-        return logits.masked_fill(self.absent[heads], -torch.inf)
+        multiply = self.multiply_present if features.device.type == "cpu" else self.multiply_all
+        return multiply(features, heads).masked_fill(self.absent[heads], -torch.inf)
+
+    def multiply_present(self, features, heads):
+        """Costs what the products of the rows cost; looks at `heads`, for which a GPU would have to be waited for."""
+        return HeadProducts.apply(features, self.weight, self.bias, heads)
+
+    def multiply_all(self, features, heads):
+        """One product with all heads, which reads the weight as often as its update does; a row takes its own part."""
+        logits = F.linear(features, self.weight.flatten(0, 1), self.bias.flatten()).unflatten(1, self.bias.shape)
+        return logits.gather(1, heads[:, None, None].expand(-1, 1, logits.shape[2])).squeeze(1)
 
 
 class MultiHead(nn.Module):
-    """A shared backbone and one linear head a task.
+    """A shared backbone and one linear head per task.
 
     Attributes:
         backbone: [B, C, H, W] -> [B, D].

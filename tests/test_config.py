@@ -73,7 +73,7 @@ def test_hyperparameter_files(workspace, capsys, changes, message):
     ({"dataset": "npz", "tasks": TASKS, "path": 3}, "path: 3 is not a text"),
     ({"dataset": "npz", "tasks": TASKS, "path": "gone.npz"}, "gone.npz: no such file"),
     ({"dataset": "npz", "tasks": TASKS, "path": "../data.yaml"}, "leads out of"),
-    ({"dataset": "npz", "tasks": TASKS, "path": "/etc/passwd"}, "leads out of"),
+    ({"dataset": "npz", "tasks": TASKS, "path": "/etc/passwd"}, "passwd is absolute; it is taken below --data_dir"),
     ({"dataset": "npz", "tasks": [[0, 1], [2, 9]], "path": "toy.npz"}, "label 9 has no rows among the training"),
     ({"dataset": "image_folder", "tasks": TASKS, "path": "a"}, "key size is missing"),
     ({"dataset": "image_folder", "tasks": TASKS, "path": "a", "size": 0}, "size: 0 must be at least 8"),

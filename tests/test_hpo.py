@@ -158,17 +158,20 @@ def test_a_zoos_scores_are_those_of_one_that_grows_in_one_go(files, tmp_path):
 
 
 def test_defaults(files):
+    """conv has no dropout to search."""
     settings, search = read_search("hpo.py", files)
-    assert search.space == SPACE == {
+    assert search.space | {"dropout": ("uniform", (0.1, 0.5))} == SPACE == {
         "batch": ("choice", (8, 16, 32, 128)), "lr": ("log", (1e-4, 1e-1)), "l2_reg": ("log", (1e-6, 1e-2)),
         "dropout": ("uniform", (0.1, 0.5)),
     }  # fmt: skip
+    assert "dropout" not in search.space
     assert (search.num_samples, search.objective, search.cpus_per_trial, search.address) == (81, "multihead", 1, None)
     assert settings.name == "two-small-hpo-seed=0"
 
 
 def test_the_search_section_takes_the_place_of_the_keys_it_names(files):
-    Path("small.yaml").write_text(HYPER + "search:\n  lr: {uniform: [0.01, 0.1]}\n  batch: {choice: [4]}\n")
+    search = "search:\n  lr: {uniform: [0.01, 0.1]}\n  batch: {choice: [4]}\n"
+    Path("small.yaml").write_text(HYPER.replace("conv", "wrn16_4") + search)
     assert read_space("small.yaml") == SPACE | {"lr": ("uniform", (0.01, 0.1)), "batch": ("choice", (4,))}
     assert read_settings("multihead.py", "multihead", files).lr == 0.01  # other scripts do not mind it
 
@@ -188,7 +191,7 @@ def test_the_search_section_takes_the_place_of_the_keys_it_names(files):
     ],
 )
 def test_mistakes_in_the_search_section_are_one_line_of_every_script(files, capsys, section, line):
-    Path("small.yaml").write_text(HYPER + section + "\n")
+    Path("small.yaml").write_text(HYPER.replace("conv", "wrn16_4") + section + "\n")
     for main in (hpo.main, functools.partial(cli.command, "multihead.py", "multihead", multihead.run)):
         assert main(files) == 2
         out, err = capsys.readouterr()
@@ -272,6 +275,7 @@ def test_a_search_writes_settings_that_the_other_scripts_read(files, local_ray, 
 @needs_ray
 def test_a_search_stops_the_lowest_scores_and_proposes_near_the_highest(files, local_ray, monkeypatch):
     """A trial's score here is its dropout, drawn from 0 to 0.5."""
+    Path("small.yaml").write_text(Path("small.yaml").read_text().replace("conv", "wrn16_4"))
 
     def report_dropout(chosen, **_):
         from ray import tune
@@ -298,7 +302,7 @@ def test_no_test_row_reaches_a_trial_and_a_seed_proposes_the_same(files, local_r
     write_data(Path("data/two.npz"), test_labels=np.arange(20) % 4, test_value=255)
     assert found(search(files, "poisoned")) == found(clean)
     other = search(files, "other", "--seed", "1")
-    assert not set(map(tuple, found(other, "lr", "dropout"))) & set(map(tuple, found(clean, "lr", "dropout")))
+    assert not set(map(tuple, found(other, "lr", "l2_reg"))) & set(map(tuple, found(clean, "lr", "l2_reg")))
 
 
 def test_the_rows_of_a_search_are_training_rows(files):

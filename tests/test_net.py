@@ -121,8 +121,10 @@ def test_heads_start_as_torchs_linear_layers():
         assert 0.09 < p.abs().max().item() <= 0.1
 
 
-def test_gathered_heads_equal_separate_linear_layers():
+@pytest.mark.parametrize("multiply", ["multiply_present", "multiply_all"])
+def test_heads_equal_separate_linear_layers(multiply):
     heads, layers = make_heads()
+    heads.multiply_present = heads.multiply_all = getattr(heads, multiply)
     features = torch.randn(12, 7)
     rows = torch.tensor([0, 1, 2, 1, 1, 0, 2, 2, 0, 1, 0, 2])
     labels = torch.tensor([2, 4, 1, 0, 3, 1, 0, 1, 0, 2, 2, 0])
@@ -141,6 +143,33 @@ def test_gathered_heads_equal_separate_linear_layers():
         torch.testing.assert_close(heads.weight.grad[t, :c], layer.weight.grad)
         torch.testing.assert_close(heads.bias.grad[t, :c], layer.bias.grad)
         assert not heads.weight.grad[t, c:].any() and not heads.bias.grad[t, c:].any()
+
+
+@pytest.mark.parametrize("multiply", ["multiply_present", "multiply_all"])
+@pytest.mark.parametrize("tasks, classes, rows", [(1, 1000, 5), (200, 2, 40), (7, 30, 1)])
+def test_many_heads_and_many_classes_against_one_matrix_product_a_row(multiply, tasks, classes, rows):
+    """Written out row by row; of the gradient of absent heads nothing but zeros."""
+    heads = Heads(11, [classes] * tasks).double()
+    x = torch.randn(rows, 11, dtype=torch.float64, requires_grad=True)
+    which, upstream = torch.randint(0, tasks, (rows,)), torch.randn(rows, classes, dtype=torch.float64)
+    logits = getattr(heads, multiply)(x, which)
+    logits.backward(upstream)
+    of_weight, of_bias = torch.zeros_like(heads.weight), torch.zeros_like(heads.bias)
+    for b, t in enumerate(which.tolist()):
+        torch.testing.assert_close(logits[b], heads.weight[t] @ x[b] + heads.bias[t])
+        torch.testing.assert_close(x.grad[b], upstream[b] @ heads.weight[t])
+        of_weight[t] += upstream[b][:, None] * x.detach()[b]
+        of_bias[t] += upstream[b]
+    torch.testing.assert_close(heads.weight.grad, of_weight)
+    torch.testing.assert_close(heads.bias.grad, of_bias)
+
+
+def test_the_product_for_gpus_never_asks_the_host():
+    """On a meta device there is nothing to ask for: whatever waits for a value raises."""
+    heads = Heads(11, [5, 3]).to("meta")
+    assert heads(torch.zeros(4, 11, device="meta"), torch.zeros(4, dtype=torch.int64, device="meta")).shape == (4, 5)
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        heads.multiply_present(torch.zeros(4, 11, device="meta"), torch.zeros(4, dtype=torch.int64, device="meta"))
 
 
 def test_gradient_of_the_heads_is_the_same_bit_for_bit_on_several_threads():

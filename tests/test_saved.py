@@ -109,11 +109,11 @@ def test_a_zoo_of_an_unfinished_run_is_its_learners_so_far(saved):
 
 
 @pytest.mark.parametrize(("images", "task", "message"), [
-    (np.zeros((2, 24, 25), "uint8"), 0, r"images must be uint8 with \(C, H, W\) \(1, 24, 24\)"),
+    (np.zeros((2, 24, 25), "uint8"), 0, r"images must be uint8 \[N, 24, 24, 1\] or \[N, 24, 24\], as"),
     (np.zeros((2, 24, 24)), 0, "must be uint8"),
-    (np.zeros((24, 24), "uint8"), 0, "must be uint8"),
-    ([], 0, "no images"),
-    ("cat.png", 0, "a list of files, not str"),
+    (np.zeros((24,), "uint8"), 0, "must be uint8"),
+    ([], 0, "the list is empty"),
+    ("cat.png", 0, "cat.png: not a readable image"),
     (["missing.png"], 0, "missing.png: not a readable image"),
     (np.zeros((2, 24, 24), "uint8"), "grey", "'grey' is not one of dark, middle, bright"),
     (np.zeros((2, 24, 24), "uint8"), 3, "3 is not one of"),

@@ -19,7 +19,7 @@ import torch
 
 import modelzoo
 import multihead
-from datasets.build_dataset import load_splits
+from datasets.build_dataset import load_whole
 from tools import sweep
 from utils.cluster import connect
 from utils.config import read_settings
@@ -140,11 +140,11 @@ def test_a_sweep_makes_the_runs_of_the_ordinary_commands(files, local_ray, capsy
     def load_once(*data):
         """Leave the runs no data but those that they are given."""
         loads.append(data)
-        splits = load_splits(*data)
+        splits = load_whole(*data)
         Path("data/two.npz").rename("data/away.npz")
         return splits
 
-    monkeypatch.setattr(sweep, "load_splits", load_once)
+    monkeypatch.setattr(sweep, "load_whole", load_once)
     capsys.readouterr()
     assert sweep.main(argv) == 1
     out = capsys.readouterr().out
@@ -187,7 +187,7 @@ def test_files_of_a_node_that_does_not_share_the_folder_come_through_ray(files, 
 
     connect(None)  # pytest has undone what it did about Ray's warnings
     settings, _ = sweep.read_grid(["--methods", "multihead", "--device", "cpu", *files])
-    loaded = load_splits("npz", settings[0].tasks, "data", "two.npz")
+    loaded = load_whole("npz", settings[0].tasks, "data", "two.npz")
     task = ray.remote(sweep.execute).options(num_returns=2)
     outcome, brought = task.remote(settings[0], loaded, "/a folder that no node has", 1)
     row = sweep.Row(sweep.folder_of(settings[0]))

@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import utils  # noqa: E402, F401  # isort: skip (before torch, for how its threads wait)
+import before_torch  # noqa: E402, F401  # isort: skip
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import yaml  # noqa: E402

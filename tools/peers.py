@@ -16,7 +16,7 @@ import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import utils  # noqa: F401  # isort: skip (before torch, for how its threads wait)
+import before_torch  # noqa: F401  # isort: skip
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -120,7 +120,8 @@ class Conditions:
 
     def after_training_epoch(self, strategy, **_):
         epoch, loss = strategy.clock.train_exp_epochs, self.loss_sum.item() / self.rows
-        require_finite(loss, f"round {self.round + 1}, epoch {epoch + 1}: the training loss", self.lr)
+        where, precision = f"round {self.round + 1}, epoch {epoch + 1}: the training loss", strategy.model.precision
+        require_finite(loss, where, self.lr, precision)
         self.log.log_epoch(self.round, epoch=epoch, train_loss=loss, lr=self.lr,
                            seconds=time.perf_counter() - self.began)  # fmt: skip
         if epoch + 1 == self.settings.epochs:

@@ -23,7 +23,7 @@ from tqdm import tqdm  # noqa: E402
 
 import modelzoo  # noqa: E402
 import multihead  # noqa: E402
-from datasets.build_dataset import load_splits  # noqa: E402
+from datasets.build_dataset import load_whole  # noqa: E402
 from datasets.data import DataError  # noqa: E402
 from utils.cluster import check_shares, connect, share_out  # noqa: E402
 from utils.command import guard  # noqa: E402
@@ -121,7 +121,9 @@ def read_grid(argv):
         given = given if isinstance(given, list) else [given]
         lists.append([check(f"{flags.grid}: {key}", value, str) for value in given])
     methods, data_configs, hp_configs = lists
-    seeds = read_seeds("--seeds" if flags.seeds else f"{flags.grid}: seeds", flags.seeds or str(grid.get("seeds", 0)))
+    seeds = grid.get("seeds", 0)
+    seeds = ",".join(map(str, seeds)) if isinstance(seeds, list) else str(seeds)
+    seeds = read_seeds("--seeds" if flags.seeds else f"{flags.grid}: seeds", flags.seeds or seeds)
 
     runs = []
     for seed, data_config, hp_config, text in itertools.product(seeds, data_configs, hp_configs, methods):
@@ -179,7 +181,7 @@ def execute(settings, loaded, cwd, threads):
 
     Args:
         settings: the run's.
-        loaded: what `load_splits` gave, this node's one copy of it: not to be written to.
+        loaded: what `load_whole` gave, this node's one copy of it: not to be written to.
         cwd: the folder in which the sweep was started, which relative paths start from. On a node that does not have
             it the run is made in a temporary one.
         threads: CPU cores to compute on, where neither the run's flags nor its folder say how many.
@@ -220,7 +222,7 @@ def share_splits(*data):
     import ray
 
     try:
-        return ray.put(load_splits(*data))
+        return ray.put(load_whole(*data))
     except DataError as e:
         return e
 

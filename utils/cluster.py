@@ -2,6 +2,7 @@
 import logging
 import os
 import signal
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -40,7 +41,13 @@ def connect(address):
     try:
         ray.init(address or "local", runtime_env=code, log_to_driver=False, logging_level=logging.ERROR, **alone)
     except (ConnectionError, ValueError, RuntimeError) as e:
-        raise ConfigError(f"--address: no Ray cluster answers at {address} ({' '.join(str(e).split())[:120]})") from e
+        what = f"--address: no Ray cluster answers at {address}" if address else "Ray does not start on this machine"
+        raise ConfigError(f"{what} ({' '.join(str(e).split())[:120]})") from e
+    except OSError as e:
+        if "AF_UNIX" not in str(e):
+            raise
+        raise ConfigError(f"TMPDIR: {tempfile.gettempdir()} is too long a path for Ray's sockets; "
+                          "set a shorter one, such as TMPDIR=/tmp") from e  # fmt: skip
     finally:
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own prints addresses and passes over the caller's
 

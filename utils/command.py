@@ -3,12 +3,10 @@ import contextlib
 import signal
 import sys
 
-import torch
-
 from datasets.data import DataError
 from utils.config import read_settings
 from utils.config_files import ConfigError
-from utils.run_folder import RunError
+from utils.run_folder import RunError, naming_memory
 
 
 class Stopped(BaseException):
@@ -36,7 +34,7 @@ def guard(prog, work):
     except (ConfigError, DataError, RunError) as e:
         line, status = str(e), 2
     except OSError as e:
-        line, status = f"{e.filename or 'output'}: cannot be read or written ({e.strerror})", 2
+        line, status = f"{e.filename or 'output'}: cannot be read or written ({e.strerror or e})", 2
     except Stopped as e:
         number = signal.Signals(e.args[0])
         line, status = f"stopped by {number.name}; the same command with --resume goes on", 128 + number
@@ -51,13 +49,8 @@ def guard(prog, work):
 @contextlib.contextmanager
 def name_batch(settings):
     """Where memory runs out inside, on whichever device, raise a `RunError` that names the batch size."""
-    try:
+    with naming_memory(f"{settings.device}: too little memory with batch {settings.batch}; try less"):
         yield
-    except (RuntimeError, MemoryError) as e:
-        # A CPU's allocator raises a plain RuntimeError.
-        if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e):
-            raise RunError(f"{settings.device}: too little memory with batch {settings.batch}; try less") from e
-        raise
 
 
 def command(prog, method, run, argv=None):

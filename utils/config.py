@@ -1,12 +1,16 @@
 """Settings: a flag over a YAML key over a default, read once, frozen; every mistake ends in one line."""
 import argparse
+import difflib
 import importlib.util
+import os
 import re
 import reprlib
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from utils.config_files import PRECISIONS, ConfigError, check, one_line, read_dataset, read_hyperparam
+
+PATHS = ("data_config", "hp_config", "data_dir", "out", "extend")  # flags
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,12 @@ class Parser(argparse.ArgumentParser):
     """A command line whose mistakes are a `ConfigError`."""
 
     def error(self, message):
+        flag = re.search(r"unrecognized arguments: (--\w+)", message)
+        if flag and (flag[1], self.prog) == ("--num_tasks", "modelzoo.py"):
+            message += "; with --continual, --num_rounds N trains on the first N tasks"
+        elif flag:
+            for near in difflib.get_close_matches(flag[1], self._option_string_actions, 1):
+                message += f"; did you mean {near}?"
         raise ConfigError(one_line(message, 500))
 
 
@@ -131,6 +141,9 @@ def make_settings(method, flags, kind=Settings):
     Raises:
         ConfigError: see `read_settings`.
     """
+    for flag in PATHS:
+        if flags.get(flag) is not None:
+            flags[flag] = read_path(flags[flag])
     for flag, low in (("samples", 1), ("epochs", 1), ("num_rounds", 1), ("tasks_per_round", 1), ("num_tasks", 1),
                       ("threads", 1)):  # fmt: skip
         if flags.get(flag) is not None:
@@ -154,6 +167,12 @@ def make_settings(method, flags, kind=Settings):
     known = {f.name for f in fields(kind)}
     flags = {k: v for k, v in flags.items() if k in known}
     return kind(**{**flags, **data, **hyper, "method": method})
+
+
+def read_path(text):
+    """A path as people write it: with ~ or $HOME, which a shell replaces in some places alone, or on Windows."""
+    text = os.path.expandvars(os.path.expanduser(text))
+    return text.replace("\\", "/") if "\\" in text and not os.path.lexists(text) else text
 
 
 def _keep_tasks(data, n):

@@ -1,4 +1,5 @@
 """The two YAML files of a run, read and checked: the dataset file and the hyper-parameter file."""
+import difflib
 import math
 import re
 import reprlib
@@ -51,10 +52,12 @@ class _Loader(yaml.SafeLoader):
     """Safe YAML in which 1e-5 is a number, as in YAML 1.2, and a repeated key is an error."""
 
     def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        # A merge, "<<: *other", brings keys that may be there already.
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if not key.tag.endswith(":merge")]
         for key in keys:
             if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not a word", node.start_mark)
+                line = f"key {key!r} is not a word; put it in quotes if it is one"
+                raise yaml.constructor.ConstructorError(None, None, line, node.start_mark)
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key} is there twice", node.start_mark)
         return super().construct_mapping(node, deep)
@@ -92,7 +95,7 @@ def load_yaml(path):
         ConfigError: no such file, not readable, not YAML, or not a mapping.
     """
     try:
-        value = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+        value = yaml.load(Path(path).read_bytes(), Loader=_Loader)  # UTF-8, or UTF-16 where its first bytes say so
     except OSError as e:
         raise ConfigError(f"{path}: cannot be read ({e.strerror})") from e
     except yaml.MarkedYAMLError as e:
@@ -119,7 +122,9 @@ def check(where, value, kind, low=-math.inf, high=math.inf, *, above=-math.inf, 
         if not (isinstance(value, str) and value in choices):
             raise ConfigError(f"{where}: {reprlib.repr(value)} is not one of {', '.join(choices)}")
         return value
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    if value is None:
+        raise ConfigError(f"{where}: holds nothing")
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text; put it in quotes"}
     fits = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
     if not fits:
         raise ConfigError(f"{where}: {reprlib.repr(value)} is not {words[kind]}")
@@ -138,7 +143,8 @@ def check_keys(file, found, required, optional=()):
     known = (*required, *optional)
     for key in found:
         if key not in known:
-            raise ConfigError(f"{file}: unknown key {one_line(key)}; the keys are {', '.join(known)}")
+            near = "".join(f"did you mean {word}? " for word in difflib.get_close_matches(key, known, 1))
+            raise ConfigError(f"{file}: unknown key {one_line(key)}; {near}the keys are {', '.join(known)}")
     for key in required:
         if key not in found:
             raise ConfigError(f"{file}: key {key} is missing")
@@ -167,6 +173,9 @@ def read_dataset(file):
         for label in task:
             if name == "image_folder" and isinstance(label, str):
                 continue
+            if name == "image_folder" and type(label) is not int:
+                raise ConfigError(f"{where}: {label!r} is not a class name; YAML reads yes, no, null, dates and 1e3 as "
+                                  "other things than texts: put such a name in quotes")  # fmt: skip
             top = DATASETS[name]
             check(f"{where}: label", label, int, 0, 2**31 if top is None else top - 1)
         repeated = next((label for label in task if task.count(label) > 1), None)
@@ -193,13 +202,16 @@ def read_space(file):
     Raises:
         ConfigError: see `read_hyperparam`.
     """
-    found = load_yaml(file).get("search", {})
+    found = load_yaml(file)
+    model, found = found.get("model"), found.get("search", {})
     if not isinstance(found, dict):
         raise ConfigError(f"{file}: search: must hold keys, each with what to try, such as 'lr: {{log: [1e-4, 1e-1]}}'")
     check_keys(f"{file}: search", found, (), SPACE)
-    space = dict(SPACE)
+    space = {key: entry for key, entry in SPACE.items() if key != "dropout" or model != "conv"}
     for key, entry in found.items():
         where = f"{file}: search: {key}"
+        if key not in space:
+            raise ConfigError(f"{where}: model {model} has none")
         hows = ("choice",) if key == "batch" else ("choice", "log", "uniform")
         if not isinstance(entry, dict) or len(entry) != 1 or next(iter(entry)) not in hows:
             raise ConfigError(f"{where}: must hold one of {', '.join(hows)}, such as '{{{hows[-1]}: [16, 32]}}'")

@@ -15,7 +15,16 @@ from utils.config_files import ConfigError, load_yaml
 from utils.device import choose_device, choose_precision, default_threads, describe_hardware
 from utils.learner import learner_path, load_run
 from utils.log import RunLog, print_result, say_folded, task_names
-from utils.run_folder import FREE, check_folder, load_tensors, open_folder, save_tensors, versions, write_file
+from utils.run_folder import (
+    FREE,
+    check_folder,
+    load_tensors,
+    naming_memory,
+    open_folder,
+    save_tensors,
+    versions,
+    write_file,
+)
 from utils.run_net import make_generator
 
 
@@ -37,14 +46,17 @@ def prepare(settings, loaded=None):
     torch.set_num_threads(settings.threads or recorded_threads(settings) or default_threads(settings.model))
     precision = choose_precision(settings.precision, device)
     generator = make_generator(settings.seed, 0, "data")
-    train, test = build_dataset(settings.dataset, settings.tasks, settings.data_dir, generator, settings.samples,
-                                settings.path, settings.size, loaded)  # fmt: skip
+    with naming_memory(f"{settings.data_config}: too little memory to load the data; try --samples or fewer tasks"):
+        train, test = build_dataset(settings.dataset, settings.tasks, settings.data_dir, generator, settings.samples,
+                                    settings.path, settings.size, loaded)  # fmt: skip
     try:
         build_net(settings.model, train.images.shape[1:], train.classes[:1], settings.dropout, seed=0)
     except ValueError as e:
         size = " x ".join(map(str, train.images.shape[2:]))
         raise ConfigError(f"{settings.hp_config}: {e}; those of {settings.data_config} have {size}") from e
-    return device, precision, train.to(device), test.to(device)
+    size = (train.images.numel() + test.images.numel()) / 1e9
+    with naming_memory(f"{device}: too little memory for the images, {size:.1f} GB; try --samples or --device cpu"):
+        return device, precision, train.to(device), test.to(device)
 
 
 def recorded_threads(settings):

@@ -5,6 +5,7 @@ import hashlib
 import io
 import os
 import platform
+import re
 import reprlib
 import subprocess
 import sys
@@ -26,6 +27,19 @@ SEAL = b"sha256:"  # a tensor file ends in this and the checksum of all before i
 
 class RunError(Exception):
     """A run that cannot go on, told in one line that says what is safe and what to try."""
+
+
+@contextlib.contextmanager
+def naming_memory(line):
+    """Where memory runs out inside, on whichever device, raise a `RunError`: `line`, and how much was asked for."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as e:
+        # A CPU's allocator raises a plain RuntimeError.
+        if not (isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e)):
+            raise
+        size = re.search(r"allocate (\d[\d.]* \w+)", str(e))
+        raise RunError(line + f" ({size[1]} were asked for)" * bool(size)) from e
 
 
 def write_file(path, data):
