@@ -18,7 +18,7 @@ from utils.dry_run import estimate
 from utils.learner import COST, WARM, load_run
 from utils.log import task_names
 from utils.metrics import accuracy, log_probs, negative_log_likelihood
-from utils.run import check_extension, finish, open_run, prepare
+from utils.run import check_extension, find_looked_at, finish, open_run, prepare
 from utils.run_net import make_generator, predict_logits
 
 
@@ -245,7 +245,8 @@ def grow_zoo(settings, precision, train, test, folder, log, old=()):
     continual, seed, r = settings.continual, settings.seed, settings.replay_frac
     num_tasks = settings.num_rounds if continual else len(settings.tasks)
     kept = [sample_replay(train, t, r, make_generator(seed, t, "replay")) for t in range(num_tasks)]
-    zoo = Zoo([train.labels[rows] for rows in kept], [test.labels[test.rows(t)] for t in range(num_tasks)],
+    looked_at = kept if r < 1 else find_looked_at(folder, train, num_tasks)
+    zoo = Zoo([train.labels[rows] for rows in looked_at], [test.labels[test.rows(t)] for t in range(num_tasks)],
               train.classes[:num_tasks], r)  # fmt: skip
 
     def train_rows(k, tasks, t):
@@ -261,7 +262,7 @@ def grow_zoo(settings, precision, train, test, folder, log, old=()):
                                           make_generator(seed, k, "draw"))  # fmt: skip
             tasks = list(old[k]) if k < len(old) else tasks  # a draw on another machine may have gone otherwise
         learner = train_or_load(settings, precision, train, test, tasks, [train_rows(k, tasks, t) for t in tasks],
-                                [kept[t] for t in tasks], k, folder, log)  # fmt: skip
+                                [looked_at[t] for t in tasks], k, folder, log)  # fmt: skip
         zoo.add(learner)
         seen = k + 1 if continual else num_tasks
         unseen = [None] * (num_tasks - seen)
@@ -272,8 +273,7 @@ def grow_zoo(settings, precision, train, test, folder, log, old=()):
         log.log_round(k, tasks=tasks, accuracy=zoo.accuracy[:seen], seconds=learner.seconds,
                       known=[t for t in range(seen) if zoo.weights[t]])  # fmt: skip
     cost = {key: sum(getattr(learner, key) for learner in zoo.learners) for key in COST}
-    revisits = not continual or settings.tasks_per_round > 1
-    return matrix, rounds, cost | {"stored_rows": revisits * sum(map(len, kept))}
+    return matrix, rounds, cost | {"stored_rows": (not continual or settings.tasks_per_round > 1) * sum(map(len, kept))}
 
 
 if __name__ == "__main__":

@@ -34,9 +34,8 @@ def exported(folder, file):
 
 
 @pytest.mark.parametrize("more", [
-    ("--continual",), ("--continual", "--replay_frac", "0.5"),
+    ("--continual", "--replay_frac", "0.5"),
     ("--num_rounds", "1", "--tasks_per_round", "2"),  # a task that no learner knows
-    ("--warm_start", "--num_rounds", "1", "--tasks_per_round", "1"),
 ])  # fmt: skip
 def test_torch_alone_runs_an_exported_zoo(workspace, tmp_path, more):
     folder = train(workspace, *more)

@@ -17,10 +17,10 @@ def test_a_row_a_run(tmp_path):
                make_run(tmp_path / "iso", ISOLATED, 3, tasks_per_round=1, samples=20),
                make_run(tmp_path / "joint", [[0.5, 0.7, 0.9]], 3, method="multihead", cost=(None, 100, 7))]  # fmt: skip
     frame = load_frame(folders)
-    assert list(frame.columns[:19]) == [
-        "run", "group", "kind", "seed", "average_accuracy", "learning_accuracy", "forgetting", "backward_transfer",
-        "forward_transfer", "networks", "rows_trained", "stored_rows", "stored_numbers", "parameters", "seconds",
-        "commit", "hardware", "torch", "dataset"]  # fmt: skip
+    assert list(frame.columns[:20]) == [
+        "run", "group", "kind", "seed", "task_order", "average_accuracy", "learning_accuracy", "forgetting",
+        "backward_transfer", "forward_transfer", "networks", "rows_trained", "stored_rows", "stored_numbers",
+        "parameters", "seconds", "commit", "hardware", "torch", "dataset"]  # fmt: skip
     assert list(frame["run"]) == list(map(str, folders))
     assert list(frame["group"]) == list(frame["kind"]) == ["Model Zoo", "Isolated", "Multi-Head"]
     zoo, isolated, joint = frame.to_dict("records")
@@ -52,10 +52,11 @@ def test_forward_transfer_is_of_the_same_seed_and_settings(tmp_path):
 def test_a_row_a_run_and_task(tmp_path):
     """With tasks_per_round 2, rounds 0, 1 and 2 train on tasks (0), (0, 1) and (0, 2)."""
     frame = load_frame([make_run(tmp_path / "zoo", ZOO, 3, names=["a", "b", "c"])], rows="task")
-    assert list(frame.columns) == ["run", "group", "kind", "seed", "task", "name", "first_seen", "accuracy"]
+    assert list(frame.columns) == ["run", "group", "kind", "seed", "task_order", "task", "name", "first_seen",
+                                   "accuracy"]  # fmt: skip
     assert frame.drop(columns="run").to_numpy().tolist() == [
-        ["Model Zoo", "Model Zoo", 3, 0, "a", 0.5, 0.4], ["Model Zoo", "Model Zoo", 3, 1, "b", 0.7, 0.8],
-        ["Model Zoo", "Model Zoo", 3, 2, "c", 0.9, 0.9]]  # fmt: skip
+        ["Model Zoo", "Model Zoo", 3, 0, 0, "a", 0.5, 0.4], ["Model Zoo", "Model Zoo", 3, 0, 1, "b", 0.7, 0.8],
+        ["Model Zoo", "Model Zoo", 3, 0, 2, "c", 0.9, 0.9]]  # fmt: skip
 
 
 def test_first_seen_is_the_first_round_that_trains_on_the_task(tmp_path):
@@ -74,7 +75,7 @@ def test_a_row_a_run_round_and_task_seen(tmp_path):
     folders = [make_run(tmp_path / "zoo", ZOO, 3), make_run(tmp_path / "joint", [[0.5, 0.6, 0.7]], method="multihead")]
     frame = load_frame(folders, rows="round")
     columns = ["round", "task", "name", "accuracy", "trained", "weight"]
-    assert list(frame.columns) == ["run", "group", "kind", "seed", *columns]
+    assert list(frame.columns) == ["run", "group", "kind", "seed", "task_order", *columns]
     # make_run gives the draw of round k the weights 0.5, 1.5, ... of its k past tasks
     expected = [
         (1, 0, "0 1", 0.5, True, None),

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools.runs import describe_groups, group_runs, make_frame, printable, read_runs, require
+from tools.runs import describe_groups, group_runs, make_frame, printable, read_runs, require, task_labels
 from tools.stats import FEWEST, LEVEL, measure, summarise
 from utils.command import guard
 from utils.config import Parser
@@ -85,7 +85,7 @@ def choose(kind, groups):
         elif kind == "joint" and not all(_nested(run, other.runs[0]) for other in chosen):
             skipped.append(f"{group.label}: its tasks and those of {', '.join(g.label for g in chosen)} do not begin "
                            "alike, or settings differ")  # fmt: skip
-        elif kind != "joint" and run.tasks != (chosen or [group])[0].runs[0].tasks:
+        elif kind != "joint" and run.over != (chosen or [group])[0].runs[0].over:
             skipped.append(f"{group.label}: not over the same tasks as {chosen[0].label}")
         else:
             chosen.append(group)
@@ -136,7 +136,7 @@ def draw_seen(groups):
     """Every task's accuracy against the number of tasks seen; Isolated's as a cross where the task arrives."""
     frame = make_frame(groups, "round").rename(columns={"round": "x"})
     frame = frame[(frame["kind"] != "Isolated") | (frame["x"] == frame["task"] + 1)]
-    return _draw_tasks(frame, groups[0].runs[0].names, "tasks seen")
+    return _draw_tasks(frame, task_labels([run for group in groups for run in group.runs]), "tasks seen")
 
 
 def draw_joint(groups):
@@ -253,7 +253,7 @@ def draw_draws(groups):
     """Which tasks the learner of each round trained on, and the weights with which they were drawn."""
     from matplotlib.colors import LogNorm
 
-    frame, names = make_frame(groups, "round"), groups[0].runs[0].names
+    frame, names = make_frame(groups, "round"), task_labels([run for group in groups for run in group.runs])
     heights = [max(1.2, 0.17 * len(group.runs[0].rounds)) for group in groups]
     figure = make_figure(1.1 + sum(heights) + 0.35 * len(groups))
     axes = figure.subplots(len(groups), 2, sharex=True, squeeze=False, height_ratios=heights)
@@ -281,7 +281,7 @@ def draw_draws(groups):
 def draw_matrix(groups):
     """Test accuracy on every task (column) after every round (row), mean over seeds; those of many rounds first."""
     groups = sorted(groups, key=lambda group: -len(group.runs[0].matrix))
-    names, columns = groups[0].runs[0].names, min(len(groups), 2)
+    names, columns = task_labels([run for group in groups for run in group.runs]), min(len(groups), 2)
     heights = [max(0.3, 0.17 * len(group.runs[0].matrix)) for group in groups[::columns]]
     figure = make_figure(2.1 + sum(heights) + 0.3 * len(heights))
     axes = figure.subplots(len(heights), columns, sharex=True, squeeze=False, height_ratios=heights).flatten()
@@ -301,6 +301,37 @@ def draw_matrix(groups):
         axis.set_visible(False)
     label = "test accuracy (%)" + ", mean over seeds" * (max(len(group.runs) for group in groups) > 1)
     figure.colorbar(image, ax=list(axes), location="bottom", label=label, aspect=60)
+    return figure
+
+
+def draw_confusion(groups):
+    """What each class of each task (row) was predicted as (column), in per cent of its test rows, of all seeds."""
+    frame = make_frame(groups, "class")
+    panels = [(group, t) for group in groups for t in range(len(group.runs[0].names))]
+    columns = min(len(panels), 3)
+    figure = make_figure(0.8 + 2.3 * math.ceil(len(panels) / columns))
+    axes = figure.subplots(math.ceil(len(panels) / columns), columns, squeeze=False).flatten()
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (group, t) in zip(axes, panels, strict=False):
+        rows = frame[(frame["group"] == group.label) & (frame["name"] == group.runs[0].names[t])]
+        classes = rows["class"][rows["run"] == rows["run"].iloc[0]].map(_shorten)
+        counts = rows.groupby(rows.groupby("run").cumcount())[[f"as_{i}" for i in range(len(classes))]].sum()
+        shares = 100 * counts.div(counts.sum(axis=1), axis=0)
+        image = axis.pcolormesh(shares, cmap="Greys", vmin=0, vmax=100, edgecolor="white", linewidth=0.4)
+        ticks, size = [c + 0.5 for c in range(len(classes))], min(8, 110 / len(classes))
+        axis.set_xticks(ticks, classes, rotation=90, fontsize=size)
+        axis.set_yticks(ticks, classes, fontsize=size)
+        axis.set_ylim(len(classes), 0)
+        axis.set_title(_fold(f"{group.label}, {group.runs[0].names[t]}" if len(groups) > 1 else group.runs[0].names[t]))
+        axis.tick_params(length=0)
+        for (c, i), x in shares.rename(columns=lambda key: int(key[3:])).stack().items() if len(classes) <= 10 else ():
+            axis.text(i + 0.5, c + 0.5, f"{x:.0f}", ha="center", va="center", color="white" if x > 50 else "black",
+                      fontsize=6)  # fmt: skip
+    figure.supylabel("class", fontsize=8)
+    several = max(len(group.runs) for group in groups) > 1
+    figure.colorbar(image, ax=list(axes), location="bottom", aspect=60,
+                    label="predicted as, % of the class's test rows" + ", all seeds together" * several)  # fmt: skip
     return figure
 
 
@@ -367,6 +398,8 @@ KINDS = {
     "matrix": ("Accuracy on every task after every round", lambda run: True, draw_matrix),
     "draws": ("Which tasks each learner trained on, and the weights of the draw",
               lambda run: any(r["weights"] for r in run.rounds) and run.kind != "Isolated", draw_draws),
+    "confusion": ("What each class was predicted as",
+                  lambda run: not run.members and (Path(run.path) / "learners").is_dir(), draw_confusion),
     "joint": ("Multi-Head's accuracy of every task as more are trained on at once",
               lambda run: run.kind == "Multi-Head", draw_joint),
 }  # fmt: skip

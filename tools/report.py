@@ -32,7 +32,7 @@ def choose_shown(groups, numbers):
     """Of the differences in `compare`'s frame all, but of MANY groups over the same tasks only those to the first."""
     alike = {}
     for group in groups:
-        alike.setdefault(group.runs[0].tasks, []).append(group.label)
+        alike.setdefault(group.runs[0].over, []).append(group.label)
     kept = {label for labels in alike.values() for label in (labels if len(labels) < MANY else labels[:1])}
     return numbers[numbers["minus"].notna() & numbers["group"].isin(kept)]
 
@@ -46,7 +46,10 @@ def warnings(groups, found, shown):
         alone = group.runs[0].kind == "Model Zoo" and len(group.runs[0].names) > 1 and not transferred
         origins = {"commit": "commits", "hardware": "machines", "torch": "versions of torch"}
         differ = [origins[key] for key in origins if len({run.about[key] for run in group.runs}) > 1]
+        orders = len({run.order for run in group.runs})
         lines += [f"{group.label}: {line}" for holds, line in (
+            (orders > 1, f"n = {n} runs are of {orders} orders of the tasks; means and intervals are over both, orders "
+                         "and seeds"),
             (n < FEWEST, f"n = {n} is below {FEWEST}: no interval; run more seeds"),
             (seed is not None, f"seed {seed} is an outlier (Grubbs' test at 5 %): find out why before anything is made "
                                "of the mean; it is counted here"),
@@ -65,11 +68,18 @@ def warnings(groups, found, shown):
     return lines
 
 
+def split_orders(groups):
+    """A group for each order of the tasks, of those groups that have several."""
+    orders = [(group, sorted({run.order for run in group.runs})) for group in groups]
+    return [runs.Group(f"{group.label}, task_order {order}", [run for run in group.runs if run.order == order])
+            for group, found in orders if len(found) > 1 for order in found]  # fmt: skip
+
+
 def name_tasks(groups):
-    """What the groups are over, in words: dict `Run.tasks` -> text."""
+    """What the groups are over, in words: dict `Run.over` -> text."""
     names = {}
     for group in groups:
-        names.setdefault(group.runs[0].tasks, group.runs[0].settings.get("tasks", "other tasks"))
+        names.setdefault(group.runs[0].over, group.runs[0].settings.get("tasks", "other tasks"))
     return names
 
 
@@ -97,7 +107,7 @@ def make_tables(groups, numbers, shown):
     differ = runs.differing([group.runs[0] for group in groups])
     settings = [{
         "group": group.label,
-        "seeds": " ".join("+".join(map(str, r.seed)) if r.members else str(r.seed) for r in group.runs),
+        "seeds": " ".join("+".join(map(str, r.seed)) if r.members else str(r.trial) for r in group.runs),
         "settings": ", ".join(text for key in differ if (text := runs.setting_text(group.runs[0], key))),
         "made with": ", ".join(f"{key} {'; '.join(dict.fromkeys(run.about[key] for run in group.runs))}"
                                for key in group.runs[0].about),
@@ -178,9 +188,9 @@ def make_figures(groups):
 
     figures, names = [], name_tasks(groups)
     for tasks, name in names.items():
-        alike = [g for g in groups if g.runs[0].tasks == tasks]
+        alike = [g for g in groups if g.runs[0].over == tasks]
         for kind, (title, _, _) in plot.KINDS.items():
-            if kind == "joint":
+            if kind in ("joint", "confusion"):
                 continue
             if chosen := plot.choose(kind, alike)[0]:
                 figures.append((title + f": {name}" * (len(names) > 1), plot.draw(kind, chosen)))
@@ -208,6 +218,10 @@ def main(argv=None):
     if flags.html:
         Path(flags.html).write_text(make_page(head, tables, notes, make_figures(groups)), encoding="utf-8")
     if flags.format == "csv":  # all numbers, in one table for programs, accuracies in [0, 1]
+        by_order = split_orders(groups)
+        if by_order:
+            of_orders = compare(by_order, measure(by_order))
+            numbers = runs.require("pandas").concat([numbers, of_orders[of_orders["minus"].isna()]])
         say(numbers.to_csv(index=False).rstrip("\n"))
         for line in [*head, *(f"note: {note}" for note in notes)]:
             print(f"report.py: {line}", file=sys.stderr)

@@ -1,7 +1,7 @@
 """Run folders, read, grouped, named and as pandas frames, for report, plots and notebooks; nothing in one is executed.
 
     from tools.runs import load_frame
-    load_frame(["runs/a", "runs/b"])  # a row per run; rows="task": per run and task; rows="round": per round, too
+    load_frame(["runs/a", "runs/b"])  # a row per run; rows="task": per run and task; "round", "class": per these, too
 """
 import importlib
 import json
@@ -17,7 +17,7 @@ from utils.learner import COST, WARM, learner_path, make_learner
 from utils.log import first_seen, task_names
 from utils.run_folder import FREE, load_tensors
 
-APART = (*FREE, "save_nets", "threads", "seed", "names")  # settings that may differ within a group
+APART = (*FREE, "save_nets", "threads", "seed", "task_order", "names")  # settings that may differ within a group
 DATA = ("dataset", "path", "size", "tasks")  # one setting here: which tasks
 ZOO_FLAGS = ("num_rounds", "tasks_per_round", "replay_frac", "naive", "warm_start")  # mean nothing for other kinds
 PEER_KINDS = {f"avalanche-{method}": f"Avalanche {name}" for method, name in peers.METHODS.items()}
@@ -34,8 +34,10 @@ class Run:
         path: of its folder (an ensemble: of all, in one text).
         kind: Model Zoo, Isolated, Multi-Head, Avalanche Replay, ...
         seed: whole number (an ensemble: a tuple of those of its members, in their order).
+        order: --task_order.
         settings: what decides the run, without the seed; the keys of DATA stand as one, tasks.
         names: [T] of the tasks seen.
+        class_names: [T] tuples of texts.
         tasks: what was learned: dataset, path, size and the source labels of each task seen, in one text.
         matrix: [rounds][T] test accuracy in [0, 1], None where a task was not yet seen.
         rounds: a dict a round, with tasks and weights, as in result.json; none in an ensemble.
@@ -58,6 +60,19 @@ class Run:
     about: dict
     data: str | None = None
     members: tuple = ()
+    order: int = 0
+    class_names: tuple = ()
+
+    @property
+    def trial(self):
+        """What tells the runs of a group apart: the seed, and the order of the tasks where it is not the file's."""
+        return f"{self.seed} in order {self.order}" if self.order else self.seed
+
+    @property
+    def over(self):
+        """As `tasks`, in whatever order they came."""
+        *data, tasks = json.loads(self.tasks)
+        return json.dumps([*data, sorted(tasks, key=json.dumps)])
 
     def metrics(self):
         """Each of METRICS in [0, 1], None where it is undefined."""
@@ -76,8 +91,9 @@ class Group:
 def load_frame(paths, ensembles=(), rows="run"):
     """Run folders, and an ensemble of each list in `ensembles`, as a frame; accuracies in [0, 1], NaN where undefined.
 
-    A row per "run" (metrics, cost, origin, settings), run and "task" (accuracy when first seen and at the end), or run,
-    "round" and task seen (accuracy; whether it was trained on; weight in the draw). `ConfigError`: nothing can be read.
+    A row per "run" (metrics, cost, origin, settings), run and "task" (accuracy when first seen and at the end), run,
+    "round" and task seen (accuracy; whether it was trained on; weight in the draw), or run, task and "class" (accuracy,
+    test rows, and how many were predicted as each class: as_0, as_1, ...). `ConfigError`: nothing can be read.
     """
     groups, notes = group_runs(read_runs("load_frame", [paths] if isinstance(paths, (str, Path)) else paths, ensembles))
     for note in notes:
@@ -87,9 +103,9 @@ def load_frame(paths, ensembles=(), rows="run"):
 
 def make_frame(groups, rows="run"):
     """As `load_frame`, of groups that are read already."""
-    make = {"run": _run_rows, "task": _task_rows, "round": _round_rows}[rows]
+    make = {"run": _run_rows, "task": _task_rows, "round": _round_rows, "class": _class_rows}[rows]
     frame = require("pandas").DataFrame([
-        {"run": run.path, "group": group.label, "kind": run.kind, "seed": run.seed, **row}
+        {"run": run.path, "group": group.label, "kind": run.kind, "seed": run.seed, "task_order": run.order, **row}
         for group in groups for run in group.runs for row in make(run, group, groups)])  # fmt: skip
     numbers = frame.columns.intersection([*METRICS, TRANSFER, *COSTS, "first_seen", "accuracy", "weight"])
     return frame.astype(dict.fromkeys(numbers, float))
@@ -98,9 +114,9 @@ def make_frame(groups, rows="run"):
 def _run_rows(run, group, groups):
     row = {**run.metrics(), TRANSFER: None, **{key: run.cost.get(key) for key in COSTS}, **run.about}
     for isolated in find_isolated(group, groups):
-        if isolated.seed == run.seed:
+        if isolated.trial == run.trial:
             row[TRANSFER] = metrics.forward_transfer(run.matrix, isolated.matrix[-1])
-    ours = (*row, "run", "group", "kind", "seed", "all_tasks")
+    ours = (*row, "run", "group", "kind", "seed", "task_order", "all_tasks")
     settings = {**dict(zip(DATA, json.loads(run.tasks)[:-1], strict=False)), **run.settings}
     return [row | {key: value for key, value in settings.items() if key not in ours}]
 
@@ -119,12 +135,32 @@ def _round_rows(run, *_):
             for t, accuracy in enumerate(row) if accuracy is not None]  # fmt: skip
 
 
+def _class_rows(run, *_):
+    """From the stored predictions of a run's test rows."""
+    rows = []
+    for t, (p, y) in enumerate(zip(*load_log_probs(run), strict=True)):
+        n = p.shape[1]
+        counts = (y * n + p.argmax(1)).bincount(minlength=n * n).view(n, n)
+        rows += [{"task": t, "name": run.names[t], "class": run.class_names[t][c], "rows": int(of_class.sum()),
+                  "accuracy": of_class[c].item() / max(int(of_class.sum()), 1),
+                  **{f"as_{i}": count for i, count in enumerate(of_class.tolist())}}
+                 for c, of_class in enumerate(counts)]  # fmt: skip
+    return rows
+
+
+def task_labels(runs):
+    """[T] texts: the tasks' names; where the runs have them in several orders, their places."""
+    names = max((run.names for run in runs), key=len)
+    alike = all(run.names == names[: len(run.names)] for run in runs)
+    return names if alike else tuple(f"task {t + 1} to come" for t in range(len(names)))
+
+
 def find_isolated(group, groups):
     """The runs of the Isolated group whose settings are `group`'s, but for those that change nothing in Isolated."""
 
     def rest(run):
-        ignored = ("tasks", "tasks_per_round", "replay_frac", "naive")
-        return run.tasks, {k: v for k, v in run.settings.items() if k not in ignored}
+        ignored = ("tasks", "all_tasks", "tasks_per_round", "replay_frac", "naive")
+        return run.over, {k: v for k, v in run.settings.items() if k not in ignored}
 
     if group.runs[0].kind == "Model Zoo":
         for other in groups:
@@ -214,8 +250,10 @@ def _parse(path, result, about):
     cost |= {key: result.get(key) for key in (*COST, "stored_rows", "stored_numbers")}
     checksum = (about.get("settings") or {}).get("data")
     names = tuple(map(printable, task_names(config["tasks"][:size], config["names"], result.get("class_names"))[:size]))
+    class_names = tuple(tuple(map(printable, task)) for task in result.get("class_names") or classes)
     for what, holds in {
         "classes": 0 < size == len(names) and all(isinstance(task, list) and len(task) > 1 for task in classes),
+        "class_names": list(map(len, class_names)) == list(map(len, classes)),
         "config": isinstance(continual, bool) and isinstance(config["seed"], int),
         "method": config["method"] == result["method"],
         "rounds": len(matrix) == len(rounds) > 0 and (not continual or len(rounds) == size),
@@ -238,7 +276,8 @@ def _parse(path, result, about):
                                                                    versions.get("torch")))  # fmt: skip
     about = {"commit": commit[:10] + "+" * commit.endswith("+"), "hardware": hardware, "torch": torch}
     return Run(path, kind, config["seed"], {"tasks": tasks, **settings, "all_tasks": data}, names,
-               json.dumps([*data[:-1], classes]), matrix, rounds, cost, about, checksum)  # fmt: skip
+               json.dumps([*data[:-1], classes]), matrix, rounds, cost, about, checksum,
+               order=config.get("task_order", 0), class_names=class_names)  # fmt: skip
 
 
 def printable(value):
@@ -315,11 +354,13 @@ def make_ensemble(paths):
 def _key(run):
     """What the runs of a group have in common: of ensembles, the settings of each of their members."""
     settings = {k: v for k, v in run.settings.items() if k != "tasks"}  # which names the file
-    return json.dumps([run.kind, run.tasks, [*map(_key, run.members)] or settings], sort_keys=True)
+    *data, tasks = settings.pop("all_tasks", [[]])
+    settings["all_tasks"] = [*data, sorted(tasks, key=json.dumps)]
+    return json.dumps([run.kind, run.over, [*map(_key, run.members)] or settings], sort_keys=True)
 
 
 def _member(run):
-    return _key(run), run.seed
+    return _key(run), run.tasks, str(run.trial)
 
 
 def _data_key(run):
@@ -337,7 +378,7 @@ def _on_other_data(runs, key=_data_key):
 
 
 def group_runs(runs):
-    """Gather the runs that differ in seed only.
+    """Gather the runs that differ in seed and in the order of the tasks only.
 
     Returns:
         groups: in the order of their first runs.
@@ -346,11 +387,13 @@ def group_runs(runs):
     found, notes = {}, []
     for run in runs:
         seeds = found.setdefault(_key(run), {})
-        if run.seed in seeds:
-            notes.append(f"{run.path} left out: {seeds[run.seed].path} has the same settings and seed")
+        if run.trial in seeds and seeds[run.trial].tasks != run.tasks:  # two files, of the same tasks in other orders
+            seeds = found.setdefault(_key(run) + run.tasks, {})
+        if run.trial in seeds:
+            notes.append(f"{run.path} left out: {seeds[run.trial].path} has the same settings and seed")
         else:
-            seeds[run.seed] = run
-    members = [[seeds[seed] for seed in sorted(seeds)] for seeds in found.values()]
+            seeds[run.trial] = run
+    members = [sorted(seeds.values(), key=lambda run: (run.order, run.seed)) for seeds in found.values()]
     groups, alike = [], []
     for runs in members:
         alike.append(_label(runs[0], [other[0] for other in members if other is not runs]))
@@ -364,7 +407,7 @@ def group_runs(runs):
             notes.append(f"{label}: its members were trained on different rows, so that it gains by more data as well "
                          "as by averaging")  # fmt: skip
     singles = [one for runs in members for run in runs for one in run.members or [run]]
-    if pair := _on_other_data(singles, lambda run: (run.seed, *_data_key(run))):
+    if pair := _on_other_data(singles, lambda run: (run.trial, *_data_key(run))):
         notes.append(f"{pair[0].path} and {pair[1].path} have the same tasks, samples and seed, but were run on "
                      "different data: what stands beside each other here is not comparable")  # fmt: skip
     return groups, notes

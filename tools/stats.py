@@ -80,11 +80,12 @@ def find_outlier(values):
 
 
 def measure(groups):
-    """Every metric and cost of every run: dict label -> metric -> seed -> number; only what is defined is there."""
+    """Every metric and cost of every run: dict label -> metric -> `Run.trial` -> number, where it is defined."""
     found = {}
-    for label, rows in make_frame(groups).groupby("group", sort=False):
+    trials = [run.trial for group in groups for run in group.runs]
+    for label, rows in make_frame(groups).assign(trial=trials).groupby("group", sort=False):
         known = {key: rows[rows[key].notna()] for key in (*METRICS, TRANSFER, *COSTS)}
-        found[label] = {key: dict(zip(r["seed"], r[key], strict=True)) for key, r in known.items() if len(r)}
+        found[label] = {key: dict(zip(r["trial"], r[key], strict=True)) for key, r in known.items() if len(r)}
     return found
 
 
@@ -100,7 +101,7 @@ def compare(groups, found):
     rows = [(label, None, metric, None, replace(summarise(list(values.values())), p=None))
             for label, of_group in found.items() for metric, values in of_group.items()]  # fmt: skip
     for a, b in combinations(groups, 2):
-        for metric in METRICS if a.runs[0].tasks == b.runs[0].tasks else ():
+        for metric in METRICS if a.runs[0].over == b.runs[0].over else ():
             of_a, of_b = (found[group.label].get(metric, {}) for group in (a, b))
             seeds = [seed for seed in of_a if seed in of_b]
             if seeds and (len(seeds) >= FEWEST or min(len(of_a), len(of_b)) < FEWEST):

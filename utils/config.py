@@ -3,6 +3,7 @@ import argparse
 import difflib
 import importlib.util
 import os
+import random
 import re
 import reprlib
 from dataclasses import dataclass, fields
@@ -43,6 +44,7 @@ class Settings:
     name: str
     device: str
     precision: str
+    task_order: int = 0  # seed of the order of the file's tasks; 0: as written
     threads: int | None = None  # None: those of the run that is resumed, else by machine and network
     continual: bool = False
     num_rounds: int = 1
@@ -90,6 +92,8 @@ def make_parser(prog, about):
 def add_run_flags(p):
     """The flags of every script that trains in a run folder."""
     p.add_argument("--tensorboard", action="store_true", help="also write TensorBoard events into the run folder")
+    p.add_argument("--task_order", type=int, default=0, metavar="SEED",
+                   help="shuffle the order of the dataset file's tasks (default: 0, as written)")
     p.add_argument("--threads", type=int, help="CPU threads (default: by cores and network; a resumed run's own)")
 
 
@@ -155,6 +159,10 @@ def make_settings(method, flags, kind=Settings):
     if not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9][0-9]{0,2}))?", flags["device"]):
         raise ConfigError(f"--device: {flags['device']!r} is not one of auto, cpu, cuda, cuda:0, cuda:1, ...")
     data = read_dataset(flags["data_config"])
+    if flags.get("task_order"):
+        check("--task_order", flags["task_order"], int, 0, 2**63 - 1)
+        order = random.Random(flags["task_order"]).sample(range(len(data["tasks"])), len(data["tasks"]))
+        data |= {key: data[key] and tuple(data[key][t] for t in order) for key in ("tasks", "names")}
     if flags.get("num_tasks"):
         data = _keep_tasks(data, flags["num_tasks"])
     hyper = read_hyperparam(flags["hp_config"], flags["epochs"])
@@ -207,6 +215,7 @@ def default_name(method, flags, more=()):
         parts += [flag] if flags.get(flag) else []
     for flag in ("num_tasks", "num_rounds", "tasks_per_round", "replay_frac", "samples", "epochs", *more):
         parts += [f"{flag}={flags[flag]}"] if flags.get(flag) is not None else []
+    parts += [f"task_order={flags['task_order']}"] if flags.get("task_order") else []
     name = "-".join([*parts, f"seed={flags['seed']}"])
     return re.sub(r"[^\w.,=+-]", "_", name).lstrip(".,=+-")
 

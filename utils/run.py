@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from datasets.build_dataset import build_dataset
-from datasets.data import checksum
+from datasets.data import checksum, find_rows, hash_rows
 from net.build_net import build_net
 from utils import metrics
 from utils.config_files import ConfigError, load_yaml
@@ -154,6 +154,8 @@ def open_run(settings, device, precision, train, test, plan):
         except (FileNotFoundError, ValueError):  # not yet there, or damaged
             labels = [test.labels[test.rows(t)].cpu() for t in range(len(settings.tasks))]
             save_tensors(folder / "test_labels.pt", labels)
+        if not (folder / "rows.pt").exists():
+            save_tensors(folder / "rows.pt", hash_tasks(settings, train, test))
         copied = copy_learners(settings.extend, folder) if settings.extend else 0
         with RunLog(folder, settings.num_rounds, work, settings.tensorboard, names, settings.continual) as log:
             say_folded(first)
@@ -162,8 +164,43 @@ def open_run(settings, device, precision, train, test, plan):
             yield folder, log
 
 
+def hash_tasks(settings, train, test):
+    """What rows.pt holds: of each task the hashes of its test rows and of the training rows that make its loss.
+
+    Those are all of its training rows, or, where it has gained some since the run that this one extends, the old ones.
+    """
+    mine = {"train": train, "test": test}
+    mine = {key: [hash_rows(data)[data.rows(t).cpu()] for t in range(len(data.classes))] for key, data in mine.items()}
+    if settings.extend:
+        theirs = load_rows(settings.extend)
+        mine["train"][: len(theirs["train"])] = theirs["train"]
+    return mine
+
+
+def load_rows(folder):
+    """What `hash_tasks` gave for a run; of runs that did not record it no task."""
+    try:
+        return load_tensors(Path(folder) / "rows.pt", "cpu")
+    except FileNotFoundError:
+        return {"train": [], "test": []}
+    except ValueError as e:
+        raise ConfigError(f"{Path(folder) / 'rows.pt'}: damaged") from e
+
+
+def find_looked_at(folder, train, num_tasks):
+    """Of each of the first tasks the rows that the zoo's loss is taken over: those of rows.pt, in their order.
+
+    They are all rows but where the task has gained some, of which the old learners never gave their word.
+    """
+    hashes = load_rows(folder)["train"]
+    return [find_rows(train, t, hashes[t]) if t < len(hashes) and len(hashes[t]) < len(train.rows(t)) else train.rows(t)
+            for t in range(num_tasks)]  # fmt: skip
+
+
 def check_extension(settings, device, precision, train, test):
     """Whether the learners of the run folder `settings.extend` are those that this run would begin with.
+
+    A task may have gained training rows: those that it had must still be there, and the test rows be the same.
 
     Args:
         settings: this run's.
@@ -179,6 +216,7 @@ def check_extension(settings, device, precision, train, test):
         return []
     folder, mine = Path(settings.extend), record(settings, device, precision)
     theirs, _, learners, nets = load_run(folder, "cpu")
+    theirs.setdefault("task_order", 0)
     n = len(theirs["tasks"])
     # Precision, device and threads may change on the way.
     apart = (*FREE, "num_rounds", "device", "precision", "threads", "data", "names", "save_nets")
@@ -191,10 +229,31 @@ def check_extension(settings, device, precision, train, test):
     if settings.save_nets and None in nets:
         raise ConfigError(f"--save_nets: {folder} kept no networks, so the run that extends it cannot keep all")
     if checksum(train.first(n), test.first(n)) != theirs.get("data"):
-        raise ConfigError(f"--extend: the data of the first {n} tasks are not those that {folder} was run on")
+        _check_gained(settings, folder, train, test, n)
     if len(learners) > settings.num_rounds:
         raise ConfigError(f"--extend: {folder} holds {len(learners)} learners; --num_rounds must be at least that")
     return [learner.tasks for learner in learners]
+
+
+def _check_gained(settings, folder, train, test, n):
+    """Refuse data of the first `n` tasks that are not those of the run in `folder` and more training rows.
+
+    Raises:
+        ConfigError: they are not, the run did not record its rows, or only a share of past rows is kept.
+    """
+    what = f"--extend: the data of the first {n} tasks are not those that {folder} was run on"
+    hashes = load_rows(folder)
+    if not hashes["train"]:
+        raise ConfigError(f"{what} (it did not record its rows one by one, so that more of them cannot be told)")
+    mine = hash_rows(test)
+    for t in range(n):
+        if not mine[test.rows(t).cpu()].equal(hashes["test"][t]):
+            raise ConfigError(f"{what}: the test rows of task {t} (counted from 0) have changed")
+        if find_rows(train, t, hashes["train"][t]) is None:
+            why = "; with --samples others are chosen of more" * (settings.samples is not None)
+            raise ConfigError(f"{what}: training rows of task {t} (counted from 0) are gone{why}")
+    if settings.replay_frac < 1:
+        raise ConfigError(f"{what}: with --replay_frac below 1 the rows that are kept of a past task stay as they are")
 
 
 def copy_learners(source, folder):
