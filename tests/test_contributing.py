@@ -27,7 +27,7 @@ def edited(tmp_path_factory):
     copy = tmp_path_factory.mktemp("edited")
     for name in ("config", "datasets", "net", "utils"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("modelzoo.py", "multihead.py", "pyproject.toml"):
+    for name in ("before_torch.py", "modelzoo.py", "multihead.py", "pyproject.toml"):
         shutil.copy(ROOT / name, copy)
     for diff in DIFFS:
         done = subprocess.run(["git", "apply", "-"], cwd=copy, input=diff, capture_output=True, text=True)
