@@ -6,6 +6,8 @@ from torch.nn import functional as F
 from net.smallconv import SmallConv
 from net.wideresnet import Dropout, WideResNet
 
+FEW = 512  # classes of all heads together up to which a CPU, too, is faster with one product for all
+
 
 class HeadProducts(torch.autograd.Function):
     """Each row through its own head: a matrix product per head that has rows, and none for the others."""
@@ -57,15 +59,16 @@ class Heads(nn.Module):
 
     def forward(self, features, heads):
         """Logits [B, C_max] of features [B, D], row b through head heads[b] ([B] int64); -inf past that head's C_t."""
-        multiply = self.multiply_present if features.device.type == "cpu" else self.multiply_all
-        return multiply(features, heads).masked_fill(self.absent[heads], -torch.inf)
+        few = self.bias.numel() <= FEW or features.device.type != "cpu"
+        logits = self.multiply_all(features, heads) if few else self.multiply_present(features, heads)
+        return logits.masked_fill(self.absent[heads], -torch.inf)
 
     def multiply_present(self, features, heads):
-        """Costs what the products of the rows cost; looks at `heads`, for which a GPU would have to be waited for."""
+        """A product per head that has rows; looks at `heads`, for which a GPU would have to be waited for."""
         return HeadProducts.apply(features, self.weight, self.bias, heads)
 
     def multiply_all(self, features, heads):
-        """One product with all heads, which reads the weight as often as its update does; a row takes its own part."""
+        """One product with all heads, of which a row takes its part; reads the weight as often as its update does."""
         logits = F.linear(features, self.weight.flatten(0, 1), self.bias.flatten()).unflatten(1, self.bias.shape)
         return logits.gather(1, heads[:, None, None].expand(-1, 1, logits.shape[2])).squeeze(1)
 

@@ -60,7 +60,7 @@ def test_top_to_bottom_and_again(tmp_path, monkeypatch, capsys):
     torch.testing.assert_close(found["probabilities"], found["stored"], rtol=1e-5, atol=1e-6)
     assert found["stored"].sum().item() == pytest.approx(1)
     files = {file: file.read_bytes() for file in (tmp_path / "runs").rglob("*.pt")}
-    assert len(files) == 5 + 5 + 5 + 7  # learners, and the test labels of each run
+    assert len(files) == 5 + 5 + 5 + 7 + 7  # learners, and the test labels and the rows of each run
     printed = capsys.readouterr().out
     assert "test accuracy on 10 degrees" in printed
     frame = found["frame"].set_index("group")

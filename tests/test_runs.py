@@ -52,7 +52,7 @@ def test_continual_run_folder(workspace):
     folder = workspace / "runs/a"
     assert sorted(p.name for p in folder.rglob("*") if p.is_file()) == [
         "000.pt", "001.pt", "002.pt", "config.yaml", "lock", "log.jsonl", "result.json",
-        "test_labels.pt"]  # fmt: skip
+        "rows.pt", "test_labels.pt"]  # fmt: skip
     assert result["method"] == "modelzoo" and result["classes"] == [[0, 1], [2, 3], [4, 5]]
     matrix = result["accuracy_matrix"]
     assert [[x is None for x in row] for row in matrix] == [[False, True, True], [False, False, True], [False] * 3]

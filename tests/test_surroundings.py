@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("name, first", [("utils", "utils.py"), ("datasets", "datasets/__init__.py")])
-@pytest.mark.parametrize("script", ["modelzoo.py", "multihead.py", "hpo.py", "tools/bench.py"])
+@pytest.mark.parametrize("script", ["modelzoo.py", "hpo.py", "tools/bench.py", "tools/peers.py"])
 def test_a_package_that_hides_ours_is_named(tmp_path, name, first, script):
     """Imported before, by whatever Python runs at its start; a script's own folder is first otherwise."""
     (tmp_path / first).parent.mkdir(exist_ok=True)
@@ -36,6 +36,14 @@ def test_a_package_that_hides_ours_is_named(tmp_path, name, first, script):
                           env=os.environ | {"PYTHONPATH": str(tmp_path)})  # fmt: skip
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert f"{tmp_path / first} is imported in place of {ROOT / name}: rename it, or put {ROOT} first" in done.stderr
+
+
+@pytest.mark.parametrize("tool", ["bench", "export", "peers", "plot", "report", "sweep"])
+def test_every_tool_is_a_script(tool):
+    """Found by a figure that could not be made: its own folder is first on a script's path, not the repository."""
+    command = [sys.executable, ROOT / "tools" / f"{tool}.py", "-h"]
+    done = subprocess.run(command, cwd="/", capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr
 
 
 def test_from_other_code_it_is_an_import_error_that_names_both(tmp_path):

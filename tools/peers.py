@@ -16,11 +16,11 @@ import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import before_torch  # noqa: F401  # isort: skip
 import torch
 from torch.utils.data import DataLoader, TensorDataset
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from multihead import require_finite
 from net.build_net import build_net, set_dropout_generator

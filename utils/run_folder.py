@@ -39,7 +39,7 @@ def naming_memory(line):
         if not (isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e)):
             raise
         size = re.search(r"allocate (\d[\d.]* \w+)", str(e))
-        raise RunError(line + f" ({size[1]} were asked for)" * bool(size)) from e
+        raise RunError(line + (f" ({size[1]} were asked for)" if size else "")) from e
 
 
 def write_file(path, data):
