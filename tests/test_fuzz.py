@@ -9,6 +9,7 @@ import os
 import pickle
 import shutil
 import tempfile
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +21,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import modelzoo
-from datasets.data import DataError
+from datasets.build_dataset import build_dataset
+from datasets.data import DataError, load_image
+from datasets.folder import visible
 from datasets.mini_imagenet import load_cache
 from datasets.npz import load_npz
 from tests.conftest import CONV, flags, make_arrays, write_yaml
 from tests.test_runs import numbers, start
 from utils import command as cli
 from utils.run import prepare
+from utils.run_net import make_generator
 
 TIMES = int(os.environ.get("FUZZ", "1"))
 
@@ -251,6 +255,67 @@ def test_image_folders(place, data, label):
     (place / "pets/train/a/1.png").write_bytes(data)
     write_yaml(place / "fuzz.yaml", {"dataset": "image_folder", "path": "pets", "size": 24, "tasks": [[0, label]]})
     attempt([*flags(place), "--data_config", str(place / "fuzz.yaml")])
+
+
+@st.composite
+def pictures(draw):
+    """The bytes of an image file of any kind, half of them damaged."""
+    kind, mode = draw(st.sampled_from([
+        ("PNG", "RGB"), ("PNG", "RGBA"), ("PNG", "P"), ("PNG", "LA"), ("PNG", "L"), ("PNG", "1"), ("PNG", "I;16"),
+        ("TIFF", "CMYK"), ("TIFF", "I;16"), ("TIFF", "F"), ("TIFF", "RGBA"), ("WEBP", "RGBA"), ("GIF", "P"),
+        ("JPEG", "CMYK"), ("JPEG", "L"), ("BMP", "RGB")]))  # fmt: skip
+    image = Image.new("I" if mode == "I;16" else mode, (draw(st.integers(1, 40)), draw(st.integers(1, 40))))
+    if mode == "I;16":
+        image = Image.fromarray(np.full(image.size[::-1], 5000, np.uint16))
+    exif, more = Image.Exif(), {}
+    exif[0x0112] = draw(st.integers(0, 9))
+    if kind in ("PNG", "TIFF", "WEBP", "JPEG"):
+        more["exif"] = draw(st.sampled_from([exif.tobytes(), b"Exif\0\0" + draw(st.binary(max_size=20))]))
+        more["icc_profile"] = draw(st.sampled_from([None, draw(st.binary(max_size=200)), PROFILE]))
+    if mode == "P":
+        image.putpalette(draw(st.binary(min_size=3, max_size=30).map(lambda b: b[: len(b) // 3 * 3])))
+        more["transparency"] = draw(st.integers(0, 3))
+    buffer = io.BytesIO()
+    with contextlib.suppress(Exception):  # Pillow does not write all of these
+        image.save(buffer, kind, **{key: value for key, value in more.items() if value is not None})
+    data = buffer.getvalue()
+    return draw(damaged(data)) if data and draw(st.booleans()) else data
+
+
+PROFILE = (Path(__file__).parent / "linear.icc").read_bytes()
+
+
+@fuzz(300)
+@given(data=pictures(), channels=st.sampled_from([1, 3]))
+def test_image_files(data, channels):
+    try:
+        assert load_image(io.BytesIO(data), (channels, 5, 4)).shape == (5, 4, channels)
+    except DataError as e:
+        assert "\n" not in str(e)
+
+
+NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="/\0"), min_size=1, max_size=12).filter(
+    lambda name: not name.startswith(".") and len(name.encode()) < 200)  # fmt: skip
+
+
+@fuzz(100)
+@given(name=NAMES, form=st.sampled_from(["NFC", "NFD"]))
+def test_class_names(place, name, form):
+    """A folder that is called so is found by the name in any form, and stands under it as people see it."""
+    seen = visible(name)
+    assert visible(seen) == seen == visible(unicodedata.normalize(form, name))
+    with tempfile.TemporaryDirectory(dir=place) as root:
+        for split in ("train", "test"):
+            for folder in ("zz", name):
+                (Path(root) / split / folder).mkdir(parents=True, exist_ok=True)
+                (Path(root) / split / folder / "0.png").write_bytes(image_bytes("PNG"))
+        try:
+            data = build_dataset("image_folder", [("zz", unicodedata.normalize(form, name))], place,
+                                 make_generator(0, 0, "data"), path=Path(root).name, size=24)  # fmt: skip
+        except DataError as e:
+            assert seen in ("", "zz") and "\n" not in str(e)
+        else:
+            assert data[0].class_names == (("zz", seen),) and len(data[0].labels) == 2
 
 
 @pytest.fixture(scope="module")
