@@ -25,7 +25,7 @@ test-cluster: .venv/test
 	$(BIN)/python -m pytest -q -m cluster
 
 test-fuzz: .venv/test
-	FUZZ=10 $(BIN)/python -m pytest -q tests/test_fuzz.py
+	FUZZ=10 $(BIN)/python -m pytest -q tests/test_fuzz.py tests/test_memory.py
 
 .venv/run: requirements.txt
 	$(PYTHON) -m venv .venv
