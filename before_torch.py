@@ -6,9 +6,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 
-# Threads that wait for each other give up their cores meanwhile: beside other work a step takes half as long as with
-# threads that wait busily, or a tenth, and alone as long (results/speed.md). torch reads this when it is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Threads that wait for each other give up their cores after some microseconds: beside other work a step takes half as
+# long as with threads that wait busily, and alone at most a tenth longer (results/speed.md). torch reads this when it
+# is loaded.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 # Hugging Face has a package called datasets, and nearly everybody a file called utils.py.
 for name in ("datasets", "net", "utils"):

@@ -102,14 +102,19 @@ def test_cores_are_those_of_the_process_and_of_its_container(monkeypatch):
         assert device.count_cores() == cores
 
 
-@pytest.mark.parametrize("given, waits", [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+@pytest.mark.parametrize("given, waits", [
+    ({}, "PASSIVE 3000"),
+    ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE None"),
+    ({"OMP_WAIT_POLICY": "PASSIVE"}, "PASSIVE None"),
+    ({"GOMP_SPINCOUNT": "7"}, "PASSIVE 7"),
+])  # fmt: skip
 def test_threads_wait_without_their_cores_unless_told_otherwise(given, waits):
     """Before torch is loaded."""
-    env = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
-    env |= {"OMP_WAIT_POLICY": given} if given else {}
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    env = {key: value for key, value in os.environ.items() if key not in names} | given
     code = ("import os, builtins\nbefore, policy = builtins.__import__, []\n"
             "def watch(name, *rest):\n"
-            "    if name == 'torch' and not policy: policy.append(os.environ.get('OMP_WAIT_POLICY'))\n"
+            f"    if name == 'torch' and not policy: policy.append(' '.join(str(os.environ.get(x)) for x in {names}))\n"
             "    return before(name, *rest)\n"
             "builtins.__import__ = watch\nimport modelzoo\nprint(policy[0])")  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
