@@ -1,4 +1,6 @@
 """A backbone and its heads."""
+import re
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -87,11 +89,25 @@ class MultiHead(nn.Module):
         self.heads = Heads(backbone.features, classes)
 
 
+def read_model(text):
+    """("conv", channels) of "conv" or "conv_160"; ("wrn", depth, widen) of "wrn16_4".
+
+    Raises:
+        ValueError: another text, or numbers of which no network is made.
+    """
+    found = re.fullmatch(r"conv(?:_([1-9]\d{0,3}))?|wrn([1-9]\d{0,2})_([1-9]\d?)", text)
+    if found and text.startswith("conv"):
+        return "conv", int(found[1] or 80)
+    if found and int(found[2]) >= 10 and int(found[2]) % 6 == 4:
+        return "wrn", int(found[2]), int(found[3])
+    raise ValueError("not one of conv, conv_<channels>, wrn<depth>_<widen> (depth 10, 16, 22, 28, ...)")
+
+
 def build_net(model, image_shape, classes, dropout, seed):
     """Build a freshly initialised network on the CPU, so that a seed starts it alike on every device.
 
     Args:
-        model: conv, wrn16_4 or wrn28_10.
+        model: as for `read_model`.
         image_shape: (C, H, W).
         classes: [T], how many classes each head tells apart.
         dropout: between the two convolutions of a block, in [0, 1); conv has none.
@@ -101,15 +117,12 @@ def build_net(model, image_shape, classes, dropout, seed):
         A `MultiHead`.
 
     Raises:
-        ValueError: the images are too small for the model.
+        ValueError: no such model, or the images are too small for it.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would set those of GPUs too
-        if model == "conv":
-            backbone = SmallConv(*image_shape)
-        else:
-            depth, widen = {"wrn16_4": (16, 4), "wrn28_10": (28, 10)}[model]
-            backbone = WideResNet(*image_shape, depth, widen, dropout)
+        kind, *numbers = read_model(model)
+        backbone = SmallConv(*image_shape, *numbers) if kind == "conv" else WideResNet(*image_shape, *numbers, dropout)
         return MultiHead(backbone, classes)
 
 

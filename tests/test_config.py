@@ -35,9 +35,15 @@ def refuse(workspace, capsys, *more, method="modelzoo"):
     ({"l2_reg": None}, "key l2_reg is missing"),
     ({"dropout": None}, "key dropout is missing"),
     ({"learning_rate": 0.1}, "unknown key learning_rate"),
-    ({"model": "resnet"}, "model: 'resnet' is not one of conv, wrn16_4, wrn28_10"),
-    ({"model": 3}, "model: 3 is not one of"),
-    ({"model": ["conv"]}, "model: ['conv'] is not one of"),
+    ({"model": "resnet"}, "model: 'resnet' is not one of conv, conv_<channels>, wrn<depth>_<widen>"),
+    ({"model": 3}, "model: 3 is not a text"),
+    ({"model": ["conv"]}, "model: ['conv'] is not a text"),
+    ({"model": "wrn17_4"}, "model: 'wrn17_4' is not one of"),
+    ({"model": "conv_0"}, "model: 'conv_0' is not one of"),
+    ({"width": 0}, "width: 0 must be at least 1"),
+    ({"width": "wide"}, "width: 'wide' is not a whole number"),
+    ({"model": "wrn16_4", "width": 80}, "width: is of model conv alone, not of 'wrn16_4'"),
+    ({"model": "conv_160", "width": 80}, "width: is of model conv alone, not of 'conv_160'"),
     ({"batch": 0}, "batch: 0 must be at least 1"),
     ({"batch": 1.5}, "batch: 1.5 is not a whole number"),
     ({"batch": "16"}, "batch: '16' is not a whole number"),
@@ -252,6 +258,13 @@ def test_shipped_files_are_the_contract(tmp_path):
     for name, values in expected.items():
         found = read_hyperparam(CONFIG / f"hyperparam/{name}.yaml")
         assert found == {"epochs": 100, "augment": True, **values}
+
+
+def test_a_width_is_part_of_the_networks_name(tmp_path):
+    hyper = yaml.safe_load((CONFIG / "hyperparam/conv.yaml").read_text())
+    for more, model in (({"width": 160}, "conv_160"), ({"width": 80}, "conv"), ({"model": "wrn40_2"}, "wrn40_2")):
+        write_yaml(tmp_path / "hp.yaml", hyper | more)
+        assert read_hyperparam(tmp_path / "hp.yaml")["model"] == model
 
 
 def test_settings_survive_json_and_yaml(workspace):

@@ -16,6 +16,10 @@ def test_parameter_counts():
     assert count("conv") == 3 * 9 * 80 + 2 * (80 * 9 * 80 + 80 + 2 * 80) == 117_840
     assert count("wrn16_4") == 2_746_320
     assert count("wrn28_10") == 36_472_784
+    assert count("conv_8") == 3 * 9 * 8 + 2 * (8 * 9 * 8 + 8 + 2 * 8)
+    # Norm, convolution, norm, convolution of each block, and a shortcut where the width changes; a norm at the end.
+    blocks = [2 * a + 9 * a * b + 2 * b + 9 * b * b + a * b * (a != b) for a, b in ((16, 16), (16, 32), (32, 64))]
+    assert count("wrn10_1") == 3 * 9 * 16 + sum(blocks) + 2 * 64
 
 
 def test_wide_resnet_layers():

@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from net.build_net import build_net, set_dropout_generator  # noqa: E402
 from utils.command import guard  # noqa: E402
 from utils.config import Parser  # noqa: E402
-from utils.config_files import MODELS, PRECISIONS, check, load_yaml  # noqa: E402
+from utils.config_files import PRECISIONS, check, check_model, load_yaml  # noqa: E402
 from utils.device import choose_device, choose_precision, describe_hardware  # noqa: E402
 from utils.log import print_table, say  # noqa: E402
 from utils.run_folder import commit, versions  # noqa: E402
@@ -60,6 +60,15 @@ def measure_matrix_rate(device, precision, seconds=2.0):
     return 2 * n**3 / statistics.median(times)
 
 
+def count_flops(net, images):
+    """Floating-point operations of a training step, forward and backward, per row of `images` (uint8 [B, C, H, W])."""
+    heads = torch.arange(len(images), device=images.device) % len(net.heads.bias)
+    with FlopCounterMode(display=False) as counter:
+        F.cross_entropy(forward(net, images, heads, "fp32"), torch.zeros_like(heads)).backward()
+    net.zero_grad()
+    return counter.get_total_flops() / len(images)
+
+
 def measure_training(model, batch, device, precision, seconds):
     """Steps of a learner of 5 tasks of 5 classes, as `train_net` takes them, augmented.
 
@@ -71,11 +80,7 @@ def measure_training(model, batch, device, precision, seconds):
     images = torch.randint(0, 256, (ROWS, 3, 32, 32), dtype=torch.uint8, device=device)
     generators = {key: torch.Generator(device) for key in ("shuffle", "augment", "dropout")}
     set_dropout_generator(net, generators["dropout"])
-    with FlopCounterMode(display=False) as counter:
-        heads = torch.arange(batch, device=device) % TASKS
-        F.cross_entropy(forward(net, images[:batch], heads, "fp32"), heads).backward()
-    net.zero_grad()
-    flops = counter.get_total_flops() / batch
+    flops = count_flops(net, images[:batch])
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     # On a CPU about half a second an epoch, so that a few of them fit the time of the slowest network too.
@@ -191,7 +196,7 @@ def read_flags(argv=None):
     p.add_argument("--run_textbook", type=Path, help=argparse.SUPPRESS)
     flags = p.parse_args(argv)
     for model in flags.models:
-        check("--models", model, str, choices=MODELS)
+        check_model("--models", model)
     for batch in flags.batches:
         check("--batches", batch, int, 1, ROWS)
     check("--precision", flags.precision, str, choices=PRECISIONS)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import yaml
 
+from net.build_net import read_model
+
 
 class ConfigError(Exception):
     """A mistake in a flag or in a config file, told in one line that names it."""
@@ -27,7 +29,6 @@ DATASETS = {
 }
 ALIASES = {"rotmnist": "rotated_mnist", "permnist": "permuted_mnist"}
 DATASET_KEYS = {"npz": ("path",), "image_folder": ("path", "size")}  # beyond dataset, tasks and names
-MODELS = ("conv", "wrn16_4", "wrn28_10")
 SCHEDULES = ("cosine", "constant")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
@@ -139,6 +140,15 @@ def check(where, value, kind, low=-math.inf, high=math.inf, *, above=-math.inf, 
     return value
 
 
+def check_model(where, text):
+    """Return `text` if `build_net` makes a network of it; else a `ConfigError` that opens with `where`."""
+    try:
+        read_model(text)
+    except ValueError as e:
+        raise ConfigError(f"{where}: {reprlib.repr(text)} is {e}") from e
+    return text
+
+
 def check_keys(file, found, required, optional=()):
     known = (*required, *optional)
     for key in found:
@@ -207,7 +217,7 @@ def read_space(file):
     if not isinstance(found, dict):
         raise ConfigError(f"{file}: search: must hold keys, each with what to try, such as 'lr: {{log: [1e-4, 1e-1]}}'")
     check_keys(f"{file}: search", found, (), SPACE)
-    space = {key: entry for key, entry in SPACE.items() if key != "dropout" or model != "conv"}
+    space = {key: entry for key, entry in SPACE.items() if key != "dropout" or not str(model).startswith("conv")}
     for key, entry in found.items():
         where = f"{file}: search: {key}"
         if key not in space:
@@ -227,6 +237,17 @@ def read_space(file):
     return space
 
 
+def _read_network(file, found):
+    """The network of a hyper-parameter file, as `build_net` takes it: `model: conv` with `width: 160` is conv_160."""
+    model = check(f"{file}: model", found["model"], str)
+    if "width" in found:
+        width = check(f"{file}: width", found["width"], int, 1, 9999)
+        if model != "conv":
+            raise ConfigError(f"{file}: width: is of model conv alone, not of {reprlib.repr(model)}")
+        model += f"_{width}" * (width != 80)
+    return check_model(f"{file}: model", model)
+
+
 def read_hyperparam(file, epochs=None):
     """Read a hyper-parameter file: dict with every training setting; `epochs` (the flag) goes over the file's.
 
@@ -234,13 +255,13 @@ def read_hyperparam(file, epochs=None):
         ConfigError: an unknown or missing key, or a value that cannot be right.
     """
     found = load_yaml(file)
-    check_keys(file, found, ("model", *RANGES), ("epochs", "schedule", "augment", "search"))
+    check_keys(file, found, ("model", *RANGES), ("epochs", "schedule", "augment", "search", "width"))
     read_space(file)
     if epochs is None:
         epochs = check(f"{file}: epochs", found.get("epochs", 100), int, 1, 10**6)
     augment = check(f"{file}: augment", found.get("augment", True), bool)
     return {
-        "model": check(f"{file}: model", found["model"], str, choices=MODELS),
+        "model": _read_network(file, found),
         **{key: check(f"{file}: {key}", found[key], **values) for key, values in RANGES.items()},
         "epochs": epochs,
         "schedule": check(f"{file}: schedule", found.get("schedule", "cosine"), str, choices=SCHEDULES),
