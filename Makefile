@@ -8,8 +8,9 @@ DIGITS = --data_config config/dataset/rotated_digits.yaml --hp_config config/hyp
 demo: .venv/run
 	$(BIN)/python modelzoo.py $(DIGITS) --tasks_per_round 1 --name demo-isolated --resume
 	$(BIN)/python modelzoo.py $(DIGITS) --name demo-modelzoo --resume
-	$(BIN)/python tools/report.py runs/demo-modelzoo runs/demo-isolated
-	$(BIN)/python tools/plot.py methods runs/demo-modelzoo runs/demo-isolated --file runs/demo.png
+	$(BIN)/python modelzoo.py $(DIGITS) --inherit --name demo-inherit --resume
+	$(BIN)/python tools/report.py runs/demo-modelzoo runs/demo-inherit runs/demo-isolated
+	$(BIN)/python tools/plot.py methods runs/demo-modelzoo runs/demo-inherit runs/demo-isolated --file runs/demo.png
 	@echo "The figure is runs/demo.png. What to try next: more seeds (--seed 1 --name demo-modelzoo-1, which give"
 	@echo "intervals), your own data (docs/data.md), Avalanche's methods beside these (docs/peers.md)."
 

@@ -208,7 +208,7 @@ def run(settings, loaded=None):
         return estimate(settings, device, precision, train, test, plan)
     with open_run(settings, device, precision, train, test, plan) as (folder, log):
         matrix, rounds, cost = grow_zoo(settings, precision, train, test, folder, log, old)
-        return finish(settings, device, precision, train.class_names, matrix, rounds, cost)
+        return finish(settings, device, precision, train, matrix, rounds, cost)
 
 
 def plan_rounds(settings, train):

@@ -14,9 +14,12 @@ from utils.command import command
 from utils.dry_run import estimate
 from utils.learner import (
     COST,
+    WARM,
     Learner,
     describe_net,
+    drop_net,
     learner_path,
+    load_backbone,
     load_checkpoint,
     load_learner,
     save_checkpoint,
@@ -29,8 +32,8 @@ from utils.run_net import BadSnapshot, derive_seed, make_generator, predict_logi
 CHECKPOINT_SECONDS = 60  # between two checkpoints of a learner in training, at least
 
 
-def train_epochs(settings, precision, train, tasks, rows, round, start=None, watch=None):
-    """Train a network with a head per task from a fresh start.
+def train_epochs(settings, precision, train, tasks, rows, round, start=None, watch=None, backbone=None):
+    """Train a network with a head per task.
 
     Args:
         settings: the run's.
@@ -41,6 +44,7 @@ def train_epochs(settings, precision, train, tasks, rows, round, start=None, wat
         round: which learner of the run this is; it decides every random choice together with the seed.
         start: a snapshot to go on from (None: from the beginning).
         watch: as for `train_net`.
+        backbone: state dict that the backbone begins with (None: it begins afresh, as the heads always do).
 
     Yields:
         (net, values, snapshot) after each epoch: the `MultiHead`, and what `train_net` yields.
@@ -52,6 +56,8 @@ def train_epochs(settings, precision, train, tasks, rows, round, start=None, wat
     device, seed = train.images.device, settings.seed
     classes = [train.classes[t] for t in tasks]
     net = build_net(settings.model, train.images.shape[1:], classes, settings.dropout, derive_seed(seed, round, "init"))
+    if backbone:
+        net.backbone.load_state_dict(backbone)
     net.to(device)
     purposes = ("shuffle", "augment", "dropout")
     generators = {purpose: make_generator(seed, round, purpose, device) for purpose in purposes}
@@ -80,11 +86,11 @@ def require_finite(value, what, lr, precision):
                        f"try a lower lr{' or --precision fp32' * (precision != 'fp32')}")  # fmt: skip
 
 
-def train_learner(settings, precision, train, test, tasks, rows, seen, round, log, checkpoint=None):
+def train_learner(settings, precision, train, test, tasks, rows, seen, round, log, checkpoint=None, backbone=None):
     """Train a learner and evaluate it.
 
     Args:
-        settings, precision, train, tasks, rows, round: see `train_epochs`.
+        settings, precision, train, tasks, rows, round, backbone: see `train_epochs`.
         test: `TaskData` on the same device.
         seen: [n] tensors, the rows of `train` on which the learner's logits are kept.
         log: the `RunLog`.
@@ -103,7 +109,7 @@ def train_learner(settings, precision, train, test, tasks, rows, seen, round, lo
     log.forget(round, first)
     log.start_round(round, settings.epochs, n, first)
     due = time.perf_counter() + CHECKPOINT_SECONDS
-    epochs = train_epochs(settings, precision, train, tasks, rows, round, start, log.watch)
+    epochs = train_epochs(settings, precision, train, tasks, rows, round, start, log.watch, backbone)
     for net, values, snapshot in epochs:  # noqa: B007 (net is evaluated below)
         log.log_epoch(round, **values, seconds=time.perf_counter() - began)
         done = values["epoch"] + 1
@@ -122,20 +128,23 @@ def train_learner(settings, precision, train, test, tasks, rows, seen, round, lo
             largest = f"round {round + 1}: after training the largest logit"
             require_finite(logits.abs().max().item(), largest, values["lr"], precision)
     cost = (time.perf_counter() - began, settings.epochs * n, sum(p.numel() for p in net.parameters()))
-    saved = describe_net(settings, precision, train.images.shape[1:], classes, net) if settings.save_nets else None
+    keep = settings.save_nets or settings.inherit
+    saved = describe_net(settings, precision, train.images.shape[1:], classes, net) if keep else None
     return Learner(tuple(tasks), tuple(train_logits), tuple(test_logits), *cost, saved)
 
 
 def train_or_load(settings, precision, train, test, tasks, rows, seen, round, folder, log):
     """The learner of `round`: from its file in the run folder where that is whole, else trained and saved there.
 
-    Args and errors as of `train_learner`, with `folder` the run folder.
+    Args and errors as of `train_learner`, with `folder` the run folder, in which the learner before lies, too.
     """
-    path = learner_path(folder, round)
+    path, before = learner_path(folder, round), learner_path(folder, round - 1)
+    inherits = settings.inherit and round > (WARM if settings.warm_start else 0)
     checkpoint = path.with_suffix(".checkpoint")
     learner = load_learner(path, train, test, tasks, seen, log)
     if learner is None:
-        arguments = (settings, precision, train, test, tasks, rows, seen, round, log, checkpoint)
+        backbone = load_backbone(before) if inherits else None
+        arguments = (settings, precision, train, test, tasks, rows, seen, round, log, checkpoint, backbone)
         try:
             learner = train_learner(*arguments)
         except BadSnapshot as e:
@@ -146,6 +155,8 @@ def train_or_load(settings, precision, train, test, tasks, rows, seen, round, fo
         log.skip(settings.epochs * sum(map(len, rows)))
     with contextlib.suppress(OSError):
         checkpoint.unlink()
+    if inherits and not settings.save_nets:
+        drop_net(before)
     return replace(learner, net=None)  # on disk; a run that grows needs the logits alone
 
 
@@ -165,7 +176,7 @@ def run(settings, loaded=None):
         log.log_round(0, tasks=tasks, accuracy=accuracy, seconds=learner.seconds)
         rounds = [{"tasks": tasks, "weights": [], "train_loss": loss, "seconds": learner.seconds}]
         cost = {key: getattr(learner, key) for key in COST} | {"stored_rows": len(train.labels)}
-        return finish(settings, device, precision, train.class_names, [accuracy], rounds, cost)
+        return finish(settings, device, precision, train, [accuracy], rounds, cost)
 
 
 if __name__ == "__main__":

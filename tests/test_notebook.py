@@ -45,9 +45,9 @@ def test_top_to_bottom_and_again(tmp_path, monkeypatch, capsys):
     settings = {"OUT": str(tmp_path / "runs"), "HYPER": str(tmp_path / "hp.yaml"), "SAMPLES": 5, "DEVICE": "cpu"}
     found = execute(line, **settings)
     names = [f"{x} degrees" for x in (0, 10, 20, 30, 40)]
-    zoo, isolated = found["zoo"], found["isolated"]
+    zoo, isolated, inherited = found["zoo"], found["isolated"], found["inherited"]
     assert found["names"] == names
-    assert min(zoo["accuracy"] + isolated["accuracy"]) > 0.5  # chance is 0.1
+    assert min(zoo["accuracy"] + isolated["accuracy"] + inherited["accuracy"]) > 0.5  # chance is 0.1
     assert [len(r["tasks"]) for r in zoo["rounds"]] == [1, 2, 3, 3, 3] and len(isolated["rounds"]) == 5
     assert [len(result["accuracy"]) for result in found["joint_results"]] == [5, 4, 3, 2, 1]
     # The weights of the demonstration, by hand: m = 0.375, exp(0.425 / 0.375) = 3.10599.
@@ -60,10 +60,12 @@ def test_top_to_bottom_and_again(tmp_path, monkeypatch, capsys):
     torch.testing.assert_close(found["probabilities"], found["stored"], rtol=1e-5, atol=1e-6)
     assert found["stored"].sum().item() == pytest.approx(1)
     files = {file: file.read_bytes() for file in (tmp_path / "runs").rglob("*.pt")}
-    assert len(files) == 5 + 5 + 5 + 7 + 7  # learners, and the test labels and the rows of each run
+    assert len(files) == 5 + 5 + 5 + 5 + 8 + 8  # learners, and the test labels and the rows of each run
     printed = capsys.readouterr().out
     assert "test accuracy on 10 degrees" in printed
+    assert inherited["accuracy_matrix"][0] == zoo["accuracy_matrix"][0]
     frame = found["frame"].set_index("group")
+    assert frame.average_accuracy["Model Zoo, inherit"] == pytest.approx(sum(inherited["accuracy"]) / 5)
     gains = [zoo["accuracy_matrix"][t][t] - isolated["accuracy"][t] for t in range(1, 5)]
     assert frame.forward_transfer["Model Zoo"] == pytest.approx(sum(gains) / 4)
     assert frame.average_accuracy["Isolated"] == pytest.approx(sum(isolated["accuracy"]) / 5)

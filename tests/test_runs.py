@@ -7,6 +7,7 @@ import shutil
 from collections import Counter
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -167,8 +168,9 @@ def test_metrics_of_a_result_by_hand(workspace):
     cost = dict.fromkeys(("seconds", "rows_trained", "parameters", "stored_rows"), 0)
     rounds = [{"tasks": [k]} for k in range(3)]
     names = [["a", "b"]] * 3
-    found = finish(settings, torch.device("cpu"), "fp32", names, matrix, rounds, cost)
-    assert found["class_names"] == names
+    train = SimpleNamespace(class_names=names, images=torch.zeros(1, 3, 8, 9))
+    found = finish(settings, torch.device("cpu"), "fp32", train, matrix, rounds, cost)
+    assert found["class_names"] == names and found["image_shape"] == [3, 8, 9]
     keys = ("average_accuracy", "learning_accuracy", "forgetting", "backward_transfer")
     # forgetting ((0.9 - 0.7) + (0.5 - 0.8)) / 2
     assert [found[key] for key in keys] == pytest.approx([1.9 / 3, 0.6, -0.05, 0.05])

@@ -291,7 +291,7 @@ def run(settings):
         for k in range(settings.num_rounds):
             log.forget(k)
         outcome = train_peer(settings, precision, train, test, log)
-        return finish(settings, device, precision, train.class_names, *outcome)
+        return finish(settings, device, precision, train, *outcome)
 
 
 def main(argv=None):

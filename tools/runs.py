@@ -6,7 +6,7 @@
 import importlib
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from modelzoo import Zoo, ensemble_log_probs
@@ -19,7 +19,10 @@ from utils.run_folder import FREE, load_tensors
 
 APART = (*FREE, "save_nets", "threads", "seed", "task_order", "names")  # settings that may differ within a group
 DATA = ("dataset", "path", "size", "tasks")  # one setting here: which tasks
-ZOO_FLAGS = ("num_rounds", "tasks_per_round", "replay_frac", "naive", "warm_start")  # mean nothing for other kinds
+SHAPES = {"cifar100": (3, 32, 32), "cifar10": (3, 32, 32), "mini_imagenet": (3, 84, 84)} | dict.fromkeys(
+    ("mnist", "rotated_mnist", "permuted_mnist", "digits", "rotated_digits"), (1, 28, 28))  # fmt: skip
+# They mean nothing for other kinds.
+ZOO_FLAGS = ("num_rounds", "tasks_per_round", "replay_frac", "naive", "warm_start", "inherit")
 PEER_KINDS = {f"avalanche-{method}": f"Avalanche {name}" for method, name in peers.METHODS.items()}
 METRICS = ("average_accuracy", "learning_accuracy", "forgetting", "backward_transfer")
 TRANSFER = "forward_transfer"  # the metric that takes the Isolated group as well
@@ -46,6 +49,7 @@ class Run:
         about: commit, hardware and torch's version, as texts.
         data: checksum of rows, labels and tasks; None where unknown, and in an ensemble.
         members: the runs of an ensemble, in the order of their settings and seeds; none in a run.
+        image_shape: (C, H, W); None where unknown.
     """
 
     path: str
@@ -62,6 +66,7 @@ class Run:
     members: tuple = ()
     order: int = 0
     class_names: tuple = ()
+    image_shape: tuple | None = None
 
     @property
     def trial(self):
@@ -156,15 +161,19 @@ def task_labels(runs):
 
 
 def find_isolated(group, groups):
-    """The runs of the Isolated group whose settings are `group`'s, but for those that change nothing in Isolated."""
+    """The runs of the Isolated group, without --inherit, whose settings else are `group`'s.
+
+    Those that change nothing in Isolated do not count.
+    """
 
     def rest(run):
-        ignored = ("tasks", "all_tasks", "tasks_per_round", "replay_frac", "naive")
+        ignored = ("tasks", "all_tasks", "tasks_per_round", "replay_frac", "naive", "inherit")
         return run.over, {k: v for k, v in run.settings.items() if k not in ignored}
 
     if group.runs[0].kind == "Model Zoo":
         for other in groups:
-            if other.runs[0].kind == "Isolated" and rest(other.runs[0]) == rest(group.runs[0]):
+            fresh = other.runs[0].kind == "Isolated" and not other.runs[0].settings["inherit"]
+            if fresh and rest(other.runs[0]) == rest(group.runs[0]):
                 return other.runs
     return []
 
@@ -244,6 +253,7 @@ def _parse(path, result, about):
         return isinstance(x, (int, float)) and not isinstance(x, bool) and 0 <= x <= high
 
     config, matrix, rounds, classes = (result[key] for key in ("config", "accuracy_matrix", "rounds", "classes"))
+    config = {"inherit": False, **config}  # which runs did not record at first
     continual, size = config["continual"], len(classes)
     seen = [k + 1 if continual else size for k in range(len(rounds))]
     cost = {"networks": (sum(len(r["tasks"]) for r in rounds) + size * config["warm_start"]) / max(size, 1)}
@@ -251,6 +261,7 @@ def _parse(path, result, about):
     checksum = (about.get("settings") or {}).get("data")
     names = tuple(map(printable, task_names(config["tasks"][:size], config["names"], result.get("class_names"))[:size]))
     class_names = tuple(tuple(map(printable, task)) for task in result.get("class_names") or classes)
+    shape = result.get("image_shape") or SHAPES.get(config["dataset"])  # runs did not record it at first
     for what, holds in {
         "classes": 0 < size == len(names) and all(isinstance(task, list) and len(task) > 1 for task in classes),
         "class_names": list(map(len, class_names)) == list(map(len, classes)),
@@ -261,6 +272,7 @@ def _parse(path, result, about):
         "rounds: weights": all(len(r["weights"]) <= size and all(map(number, r["weights"])) for r in rounds),
         "accuracy_matrix": all(len(row) == size and all(number(x, 1) if t < n else x is None for t, x in enumerate(row))
                                for n, row in zip(seen, matrix, strict=True)),
+        "image_shape": shape is None or len(shape) == 3 and all(isinstance(x, int) and 0 < x < 10**5 for x in shape),
         "cost": all(x is None or number(x) for x in cost.values()),
         "data": checksum is None or isinstance(checksum, str),
     }.items():  # fmt: skip
@@ -276,8 +288,8 @@ def _parse(path, result, about):
                                                                    versions.get("torch")))  # fmt: skip
     about = {"commit": commit[:10] + "+" * commit.endswith("+"), "hardware": hardware, "torch": torch}
     return Run(path, kind, config["seed"], {"tasks": tasks, **settings, "all_tasks": data}, names,
-               json.dumps([*data[:-1], classes]), matrix, rounds, cost, about, checksum,
-               order=config.get("task_order", 0), class_names=class_names)  # fmt: skip
+               json.dumps([*data[:-1], classes]), matrix, rounds, cost, about, checksum, class_names=class_names,
+               order=config.get("task_order", 0), image_shape=shape and tuple(shape))  # fmt: skip
 
 
 def printable(value):
@@ -348,7 +360,8 @@ def make_ensemble(paths):
     settings = {k: v for k, v in first.settings.items() if all(run.settings.get(k) == v for run in runs)}
     members = tuple(sorted(runs, key=_member))
     return Run(" ".join(map(str, paths)), f"ensemble of {len(runs)} {kind}", tuple(run.seed for run in members),
-               settings, first.names, first.tasks, [row], [], cost, about, members=members)  # fmt: skip
+               settings, first.names, first.tasks, [row], [], cost, about, members=members,
+               image_shape=first.image_shape)  # fmt: skip
 
 
 def _key(run):
@@ -394,10 +407,8 @@ def group_runs(runs):
         else:
             seeds[run.trial] = run
     members = [sorted(seeds.values(), key=lambda run: (run.order, run.seed)) for seeds in found.values()]
-    groups, alike = [], []
-    for runs in members:
-        alike.append(_label(runs[0], [other[0] for other in members if other is not runs]))
-        label = alike[-1] + f" ({alike.count(alike[-1])})" * (alike[-1] in alike[:-1])
+    groups = []
+    for label, runs in zip(tell_apart([runs[0] for runs in members]), members, strict=True):
         groups.append(Group(label, runs))
         drawn = [_member(member) for run in runs for member in run.members]
         if len(set(drawn)) < len(drawn):
@@ -411,6 +422,30 @@ def group_runs(runs):
         notes.append(f"{pair[0].path} and {pair[1].path} have the same tasks, samples and seed, but were run on "
                      "different data: what stands beside each other here is not comparable")  # fmt: skip
     return groups, notes
+
+
+def tell_apart(runs):
+    """A label for each of `runs`, of which no two are of the same group."""
+    labels = []
+    for i, run in enumerate(runs):
+        label = _label(run, runs[:i] + runs[i + 1 :])
+        labels.append(label + f" ({labels.count(label) + 1})" * (label in labels))
+    return labels
+
+
+def join_lengths(groups):
+    """Groups that differ in the length of training only, as lines: a list of (label, groups by their epochs)."""
+
+    def rest(run):
+        settings = {key: value for key, value in run.settings.items() if key != "epochs"}
+        return replace(run, settings=settings, members=tuple(map(rest, run.members)))
+
+    lines = {}
+    for group in groups:
+        lines.setdefault(_key(rest(group.runs[0])), []).append(group)
+    labels = tell_apart([rest(line[0].runs[0]) for line in lines.values()])
+    return [(label, sorted(line, key=lambda group: group.runs[0].settings.get("epochs", 0)))
+            for label, line in zip(labels, lines.values(), strict=True)]  # fmt: skip
 
 
 def _label(run, others):

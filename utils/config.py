@@ -52,6 +52,7 @@ class Settings:
     replay_frac: float = 1.0
     naive: bool = False
     warm_start: bool = False
+    inherit: bool = False
     resume: bool = False
     save_nets: bool = False
     tensorboard: bool = False
@@ -112,6 +113,8 @@ def add_modelzoo_flags(p):
     p.add_argument("--replay_frac", type=float, help="share of a past task's rows that is kept (default: 1)")
     p.add_argument("--naive", action="store_true", help="draw tasks uniformly, not by the zoo's loss")
     p.add_argument("--warm_start", action="store_true", help="before round 1, one learner on all tasks joins")
+    p.add_argument("--inherit", action="store_true",
+                   help="a learner's backbone starts as the one before it ended (default: afresh)")
     p.add_argument("--save_nets", action="store_true", help="keep the networks' weights in the run folder")
     p.add_argument("--extend", metavar="RUN", help="begin with the learners of this run folder (continual)")
 
@@ -211,7 +214,7 @@ def _check_rounds(flags, num_tasks):
 def default_name(method, flags, more=()):
     """Name a run by its files and by every flag given that changes what it computes, those in `more` too."""
     parts = [Path(flags["data_config"]).stem, Path(flags["hp_config"]).stem, method]
-    for flag in ("continual", "naive", "warm_start"):
+    for flag in ("continual", "naive", "warm_start", "inherit"):
         parts += [flag] if flags.get(flag) else []
     for flag in ("num_tasks", "num_rounds", "tasks_per_round", "replay_frac", "samples", "epochs", *more):
         parts += [f"{flag}={flags[flag]}"] if flags.get(flag) is not None else []

@@ -39,7 +39,7 @@ def estimate(settings, device, precision, train, test, plan):
     steps = epochs * sum(-(-rows // batch) for _, rows in plan)
     logits = sum(n for n, _ in plan) * rows_per_task * statistics.mean(train.classes) * 4
     nets = count_parameters(settings.model, train.images.shape[1:], train.classes[:most], settings.dropout) * 4
-    files = logits + nets * len(plan) * settings.save_nets
+    files = logits + nets * (len(plan) if settings.save_nets else settings.inherit)
     images = sum(data.images.numel() for data in (train, test))
     timed = f"{1000 * step[max(step)]:.1f} ms per batch of {max(step)}"
     say_folded(f"dry run, nothing written: {epochs * sum(rows for _, rows in plan):,} rows in {steps:,} steps, "

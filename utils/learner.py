@@ -1,4 +1,5 @@
 """A learner as the zoo knows it, and its files in the run folder."""
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from net.build_net import build_net
 from utils.config_files import ConfigError, load_yaml
-from utils.run_folder import load_tensors, load_whole, save_tensors, set_aside
+from utils.run_folder import RunError, load_tensors, load_whole, save_tensors, set_aside
 from utils.run_net import MEAN, STD
 
 COST = ("seconds", "rows_trained", "parameters")  # of a learner; a run's are the sums over its learners
@@ -25,7 +26,7 @@ class Learner:
         seconds: of training and evaluation.
         rows_trained: training rows times epochs; a row that stands several times in an epoch counts as often.
         parameters: of the network with its heads.
-        net: what `load_net` makes the network from, where --save_nets asks for it.
+        net: what `load_net` makes the network from: with --save_nets of all learners, with --inherit of the last.
     """
 
     tasks: tuple[int, ...]
@@ -132,6 +133,28 @@ def load_net(saved, device):
     net = build_net(saved["model"], tuple(saved["image_shape"]), saved["classes"], saved["dropout"], seed=0)
     net.load_state_dict(saved["state"])
     return net.to(device, memory_format=torch.channels_last).eval()
+
+
+def load_backbone(path):
+    """The state dict, on the CPU, of the backbone of the learner in the file `path`, which the next one begins with.
+
+    Raises:
+        RunError: the file is gone or damaged, or the network is not in it.
+    """
+    try:
+        state = load_tensors(path, "cpu")["net"]["state"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise RunError(f"{path}: holds no network for the next learner to inherit; take another --name to train all "
+                       "again, and --save_nets to keep every network") from e  # fmt: skip
+    return {key.removeprefix("backbone."): x for key, x in state.items() if key.startswith("backbone.")}
+
+
+def drop_net(path):
+    """Take the network out of the learner's file `path`, if it holds one; a `RunError` where the disk refuses."""
+    with contextlib.suppress(OSError, ValueError):  # which does not matter here
+        saved = load_tensors(path, "cpu")
+        if saved["net"] is not None:
+            save_tensors(path, saved | {"net": None})
 
 
 def load_run(folder, device):

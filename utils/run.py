@@ -110,7 +110,8 @@ def find_run(settings, device, precision, train, test):
 
 def describe(settings, device, precision, train, plan):
     """A run in two lines: what it trains, and on what. Arguments as of `open_run`."""
-    kind = {"modelzoo": "Model Zoo, " + ("continual" if settings.continual else "multi-task: all tasks are known"),
+    kind = {"modelzoo": "Model Zoo, " + ("continual" if settings.continual else "multi-task: all tasks are known")
+                        + ", each learner from the one before" * settings.inherit,
             "multihead": "Multi-Head, joint training on all tasks"}.get(settings.method, settings.method)  # fmt: skip
     most, epochs = max(n for n, _ in plan), settings.epochs
     parameters = count_parameters(settings.model, train.images.shape[1:], train.classes[:most], settings.dropout)
@@ -216,7 +217,10 @@ def check_extension(settings, device, precision, train, test):
         return []
     folder, mine = Path(settings.extend), record(settings, device, precision)
     theirs, _, learners, nets = load_run(folder, "cpu")
-    theirs.setdefault("task_order", 0)
+    theirs = {"task_order": 0, "inherit": False, **theirs}
+    if settings.inherit and nets[-1] is None:
+        raise ConfigError(f"--inherit: {folder} kept no network to inherit from; run that again with --inherit, or "
+                          "extend it without")  # fmt: skip
     n = len(theirs["tasks"])
     # Precision, device and threads may change on the way.
     apart = (*FREE, "num_rounds", "device", "precision", "threads", "data", "names", "save_nets")
@@ -266,12 +270,12 @@ def copy_learners(source, folder):
     return copied
 
 
-def finish(settings, device, precision, class_names, matrix, rounds, cost):
+def finish(settings, device, precision, train, matrix, rounds, cost):
     """Write result.json, the last file, print and return it; docs/run_folder.md defines its keys.
 
     Args:
         settings, device, precision: see `open_run`.
-        class_names: of all tasks, as in `TaskData`.
+        train: `TaskData` of all tasks.
         matrix: [rounds][tasks] test accuracy after each round, None where a task is not yet seen.
         rounds: a dict per round: tasks, weights, train_loss, seconds.
         cost: seconds, rows_trained, parameters, stored_rows and whatever else the method keeps.
@@ -286,12 +290,13 @@ def finish(settings, device, precision, class_names, matrix, rounds, cost):
         "backward_transfer": metrics.backward_transfer(matrix) if settings.continual else None,
         "rounds": rounds,
         "classes": as_lists(settings.tasks[: len(matrix[-1])]),
-        "class_names": as_lists(class_names[: len(matrix[-1])]),
+        "class_names": as_lists(train.class_names[: len(matrix[-1])]),
+        "image_shape": list(train.images.shape[1:]),
         "config": record(settings, device, precision),
         "versions": versions(),
         **cost,
     }
     folder = Path(settings.out) / settings.name
     write_file(folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())
-    print_result(result, task_names(settings.tasks, settings.names, class_names), folder)
+    print_result(result, task_names(settings.tasks, settings.names, train.class_names), folder)
     return result

@@ -209,7 +209,7 @@ def _compare_settings(folder, mine, theirs):
     if not isinstance(theirs, dict):
         raise ConfigError(f"{folder / 'config.yaml'}: key settings is missing; take another --name")
     older = {"threads"} - theirs.keys()  # which runs did not record at first
-    theirs = {"task_order": 0, **theirs}
+    theirs = {"task_order": 0, "inherit": False, **theirs}
     for key in (*mine, *theirs):
         if key not in (*FREE, *older) and mine.get(key, 0) != theirs.get(key):
             was, now = (reprlib.repr(values.get(key)) for values in (theirs, mine))
