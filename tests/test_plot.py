@@ -101,6 +101,41 @@ def test_dots_keep_their_text_where_the_interval_passes_100(tmp_path):
     assert figure.axes[0].bbox.x1 < text.get_window_extent().x0 < text.get_window_extent().x1 <= figure.bbox.x1
 
 
+def test_compute_by_hand(tmp_path):
+    """conv on digits of 28 x 28: 26 x 26, 11 x 11 and 3 x 3 places of 80 filters, and a head of 5 classes.
+
+    A product is two operations; a step takes it three times, the first layer's twice: images have no gradient.
+    """
+    first, second, third, head = 26 * 26 * 80 * 9, 11 * 11 * 80 * 720, 3 * 3 * 80 * 720, 80 * 5
+    row = 2 * (2 * first + 3 * second + 3 * third + 3 * head)
+    assert row == 46_877_280
+    runs = []
+    for epochs, rows, finals in ((5, 500, (0.72, 0.7, 0.74)), (1, 100, (0.5, 0.6, 0.7))):
+        for seed, x in enumerate(finals):
+            cost = (1.0, rows, 40)
+            runs.append(make_run(tmp_path / f"{epochs}-{seed}", [[x]], seed=seed, epochs=epochs, cost=cost))
+    other = make_run(tmp_path / "other", [[0.9]], method="multihead", epochs=5, cost=(1.0, 200, 80))
+    figure = figure_of("compute", [*runs, other])
+    work, parameters, _ = figure.axes
+    zoo, joint = work.lines
+    assert list(zoo.get_xdata()) == [100 * row, 500 * row] and list(zoo.get_ydata()) == pytest.approx([60, 72])
+    assert list(joint.get_xdata()) == [200 * row] and list(joint.get_ydata()) == pytest.approx([90])
+    assert [list(line.get_xdata()) for line in parameters.lines] == [[40, 40], [80]]
+    assert [text.get_text() for text in work.texts] == ["1", "5", "5"]
+    assert work.get_xscale() == "log" and [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "Model Zoo", "Multi-Head"]  # fmt: skip
+    # The band of three seeds at 5 epochs: 72 ± 4.302653 x 2 / sqrt(3); whiskers where points stand above each other.
+    band = work.collections[0].get_paths()[0].vertices[:, 1]
+    assert max(band[band > 72]) == pytest.approx(60 + 24.8414) and 72 + 4.96828 in [pytest.approx(y) for y in band]
+    assert len(parameters.collections) == 2
+
+
+def test_compute_leaves_out_what_does_not_say_its_cost(tmp_path, zoo, capsys):
+    unknown = make_run(tmp_path / "own", [[0.5, 0.5, 0.5]], dataset="npz", method="multihead")
+    assert plot_of("compute", *zoo, unknown, "--file", tmp_path / "a.svg") == 2
+    assert "Multi-Head: this kind of run has no place in the figure compute" in capsys.readouterr().err
+
+
 def test_draws_show_shares_and_weights(zoo):
     figure = figure_of("draws", zoo)
     shares, weights = (axis.collections[0].get_array() for axis in figure.axes[:2])

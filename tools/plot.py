@@ -15,7 +15,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools.runs import describe_groups, group_runs, make_frame, printable, read_runs, require, task_labels
+from tools.runs import (
+    describe_groups,
+    group_runs,
+    join_lengths,
+    make_frame,
+    printable,
+    read_runs,
+    require,
+    task_labels,
+)
 from tools.stats import FEWEST, LEVEL, measure, summarise
 from utils.command import guard
 from utils.config import Parser
@@ -89,7 +98,8 @@ def choose(kind, groups):
             skipped.append(f"{group.label}: not over the same tasks as {chosen[0].label}")
         else:
             chosen.append(group)
-    alone = {"joint": len(chosen) < 2, "seen": all(group.runs[0].kind == "Isolated" for group in chosen),
+    alone = {"joint": len(chosen) < 2, "compute": len(chosen) < 2,
+             "seen": all(group.runs[0].kind == "Isolated" for group in chosen),
              "methods": not any(map(_has_curves, (group.runs[0] for group in chosen)))}  # fmt: skip
     if alone.get(kind):
         return [], skipped + [f"{group.label}: alone it makes no figure {kind}" for group in chosen]
@@ -249,6 +259,59 @@ def _fold(label, width=34):
     return "\n".join(lines)
 
 
+def draw_compute(groups):
+    """Average accuracy against what it costs to train and to keep; a line joins several lengths of training."""
+    figure = make_figure(3.9)
+    axes = figure.subplots(1, 3, sharey=True)
+    handles, several = {}, False
+    for i, (label, line) in enumerate(join_lengths(groups)):
+        colour, mark, style = COLOURS[i % len(COLOURS)], MARKS[i % len(MARKS)], LINES[i % len(LINES)]
+        at = [summarise(list(measure([group])[group.label]["average_accuracy"].values())) for group in line]
+        means = [100 * s.mean for s in at]
+        several |= any(s.low is not None for s in at)
+        costs = [[count_work(group.runs[0]), *(group.runs[0].cost[key] for key in ("parameters", "stored_rows"))]
+                 for group in line]  # fmt: skip
+        for axis, xs in zip(axes, zip(*costs, strict=True), strict=True):
+            if None not in xs:
+                handles[label], = axis.plot(xs, means, color=colour, marker=mark, linestyle=style)
+                points = list(zip(xs, at, strict=True))
+                for band in [points] if len(set(xs)) > 1 else [[p] for p in points]:  # one above another: whiskers
+                    _band(axis, dict(band), colour, 0.2)
+        for x, mean, group in zip(costs, means, line, strict=True):
+            axes[0].annotate(f"{group.runs[0].settings.get('epochs', '')}", (x[0], mean), (0, 4), fontsize=5.5,
+                             textcoords="offset points", ha="center", color=colour)  # fmt: skip
+    titles = ("operations of training", "parameters stored", "training rows stored")
+    for axis, title, scale in zip(axes, titles, ("log", "log", "linear"), strict=True):
+        axis.set_xscale(scale)
+        axis.set_title(title)
+        axis.grid(color="#dddddd", linewidth=0.5)
+    axes[2].xaxis.set_major_formatter("{x:,.0f}")
+    axes[2].locator_params(axis="x", nbins=4)
+    axes[0].set_ylabel("average accuracy (%)")
+    title = "small numbers: epochs" + f"; band, whisker: {INTERVAL} over seeds" * several
+    figure.legend(handles.values(), handles, loc="outside upper center", ncols=3, title=title, title_fontsize=8)
+    return figure
+
+
+def count_work(run):
+    """Floating-point operations of a run's training: its rows, each forward and backward, by torch's counter.
+
+    Evaluation is not in it, nor what a method does beyond a step on its rows (A-GEM's second gradient, EWC's penalty).
+    """
+    first = (run.members or [run])[0]
+    return run.cost["rows_trained"] * _count_flops(first.settings["model"], run.image_shape)
+
+
+@functools.cache
+def _count_flops(model, image_shape):
+    import torch
+
+    from net.build_net import build_net
+    from tools.bench import count_flops
+
+    return count_flops(build_net(model, image_shape, [5], 0.0, seed=0), torch.zeros(2, *image_shape, dtype=torch.uint8))
+
+
 def draw_draws(groups):
     """Which tasks the learner of each round trained on, and the weights with which they were drawn."""
     from matplotlib.colors import LogNorm
@@ -394,6 +457,8 @@ def _has_curves(run):
 KINDS = {
     "methods": ("Every task's accuracy as tasks arrive, method by method", lambda run: True, draw_methods),
     "dots": ("Average accuracy", lambda run: True, draw_dots),
+    "compute": ("Average accuracy against operations of training, parameters and rows stored",
+                lambda run: run.image_shape is not None and run.cost["rows_trained"] is not None, draw_compute),
     "seen": ("Accuracy of every task as tasks arrive", _has_curves, draw_seen),
     "matrix": ("Accuracy on every task after every round", lambda run: True, draw_matrix),
     "draws": ("Which tasks each learner trained on, and the weights of the draw",

@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Accuracy against compute, parameters and rows stored: results/figures/compute.png, which the README shows.
+#
+#     results/compute.sh    # four days on one core of an AMD EPYC; EPOCHS="1 5" SHORT="2": one
+#
+# From the environment also SHORT, the lengths of the methods that are cheap (2 10 40 80; those of EPOCHS as well), WIDE,
+# those of the wider network, and FIGURE, the file that is written. Needs requirements-peers.txt. See results/common.sh.
+. "$(dirname "$0")/common.sh"
+all=(${EPOCHS:-1 5 20}) short=(${SHORT-2 10 40 80})
+wide=(${WIDE-${all[@]}})
+mkdir -p "$OUT"
+# As many parameters as the whole zoo of 20 learners, 2.5 M.
+sed 's/^model: conv$/model: conv_361/' config/hyperparam/conv.yaml > "$OUT/wide.yaml"
+data=(--data_config config/dataset/coarse_cifar100.yaml)
+conv=("${data[@]}" --hp_config config/hyperparam/conv.yaml)
+runs=() ensembles=()
+for epochs in "${all[@]}" "${short[@]}"; do
+  isolated=() joint=()
+  for seed in $SEEDS 3; do
+    flags=("${conv[@]}" --epochs "$epochs" --seed "$seed")
+    run modelzoo.py "isolated-e$epochs-$seed" "${flags[@]}" --continual --tasks_per_round 1
+    run multihead.py "joint-e$epochs-$seed" "${flags[@]}"
+    isolated+=("$OUT/isolated-e$epochs-$seed") joint+=("$OUT/joint-e$epochs-$seed")
+  done
+  for seed in $SEEDS; do
+    flags=("${conv[@]}" --epochs "$epochs" --seed "$seed")
+    run modelzoo.py "isolated-inherit-e$epochs-$seed" "${flags[@]}" --continual --tasks_per_round 1 --inherit
+    runs+=("$OUT/isolated-inherit-e$epochs-$seed" "$OUT/isolated-e$epochs-$seed" "$OUT/joint-e$epochs-$seed")
+  done
+  ensembles+=(--ensemble "${isolated[@]}" --ensemble "${joint[@]}")
+done
+for epochs in "${all[@]}"; do
+  for seed in $SEEDS; do
+    flags=("${conv[@]}" --epochs "$epochs" --seed "$seed")
+    run modelzoo.py "zoo-inherit-e$epochs-$seed" "${flags[@]}" --continual --inherit
+    run modelzoo.py "zoo-e$epochs-$seed" "${flags[@]}" --continual
+    runs+=("$OUT/zoo-inherit-e$epochs-$seed" "$OUT/zoo-e$epochs-$seed")
+    for method in ${PEERS-replay}; do
+      run "tools/peers.py $method" "$method-e$epochs-$seed" "${flags[@]}"
+      runs+=("$OUT/$method-e$epochs-$seed")
+    done
+  done
+done
+for epochs in "${wide[@]}"; do
+  for seed in $SEEDS; do
+    run multihead.py "wide-e$epochs-$seed" "${data[@]}" --hp_config "$OUT/wide.yaml" --epochs "$epochs" --seed "$seed"
+    runs+=("$OUT/wide-e$epochs-$seed")
+  done
+done
+"$PYTHON" tools/plot.py compute "${runs[@]}" "${ensembles[@]}" --file "${FIGURE:-results/figures/compute.png}"
+"$PYTHON" tools/report.py "${runs[@]}" "${ensembles[@]}" --format markdown
