@@ -9,7 +9,7 @@ import sys
 import before_torch  # noqa: F401  # isort: skip
 import torch
 
-from datasets.data import make_images, replay_repeats, sample_replay
+from datasets.data import hold_out, make_images, replay_repeats, sample_replay
 from multihead import train_or_load
 from utils.command import command
 from utils.config_files import ConfigError
@@ -202,12 +202,13 @@ def run(settings, loaded=None):
         RunError: training diverged or the disk refused; what was written before is safe.
     """
     device, precision, train, test = prepare(settings, loaded)
+    train, val = hold_out(train, settings.val_frac) if settings.val_frac else (train, None)
     old = check_extension(settings, device, precision, train, test)
     plan = plan_rounds(settings, train)
     if settings.dry_run:
         return estimate(settings, device, precision, train, test, plan)
     with open_run(settings, device, precision, train, test, plan) as (folder, log):
-        matrix, rounds, cost = grow_zoo(settings, precision, train, test, folder, log, old)
+        matrix, rounds, cost = grow_zoo(settings, precision, train, test, folder, log, old, val)
         return finish(settings, device, precision, train, matrix, rounds, cost)
 
 
@@ -226,15 +227,14 @@ def plan_rounds(settings, train):
     return plan
 
 
-def grow_zoo(settings, precision, train, test, folder, log, old=()):
+def grow_zoo(settings, precision, train, test, folder, log, old=(), val=None):
     """The paper's algorithm, a round each turn of the loop; a learner already on disk is not trained again.
 
     Args:
         settings: the run's.
         precision: fp32, bf16 or fp16.
-        train, test: `TaskData` on the training device.
-        folder: the run folder.
-        log: the `RunLog`.
+        train, test, val: `TaskData` on the training device; val of the rows held out (None: there are none).
+        folder, log: the run folder and its `RunLog`.
         old: tasks of the learners that are there from the run that this one extends.
 
     Returns:
@@ -262,7 +262,7 @@ def grow_zoo(settings, precision, train, test, folder, log, old=()):
                                           make_generator(seed, k, "draw"))  # fmt: skip
             tasks = list(old[k]) if k < len(old) else tasks  # a draw on another machine may have gone otherwise
         learner = train_or_load(settings, precision, train, test, tasks, [train_rows(k, tasks, t) for t in tasks],
-                                [looked_at[t] for t in tasks], k, folder, log)  # fmt: skip
+                                [looked_at[t] for t in tasks], k, folder, log, val)  # fmt: skip
         zoo.add(learner)
         seen = k + 1 if continual else num_tasks
         unseen = [None] * (num_tasks - seen)

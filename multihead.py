@@ -8,6 +8,7 @@ from dataclasses import replace
 import before_torch  # noqa: F401  # isort: skip
 import torch
 
+from datasets.data import hold_out
 from net.build_net import build_net, set_dropout_generator
 from utils import metrics
 from utils.command import command
@@ -29,10 +30,13 @@ from utils.run import finish, open_run, prepare
 from utils.run_folder import RunError, set_aside
 from utils.run_net import BadSnapshot, derive_seed, make_generator, predict_logits, train_net
 
+# What of the settings goes to `train_net` as it is.
+RECIPE = ("epochs", "batch", "lr", "l2_reg", "schedule", "augment", "optimiser", "momentum", "warmup", "lr_min",
+          "clip_norm", "label_smoothing", "best_epoch")  # fmt: skip
 CHECKPOINT_SECONDS = 60  # between two checkpoints of a learner in training, at least
 
 
-def train_epochs(settings, precision, train, tasks, rows, round, start=None, watch=None, backbone=None):
+def train_epochs(settings, precision, train, tasks, rows, round, start=None, watch=None, *, backbone=None, val=None):
     """Train a network with a head per task.
 
     Args:
@@ -45,6 +49,7 @@ def train_epochs(settings, precision, train, tasks, rows, round, start=None, wat
         start: a snapshot to go on from (None: from the beginning).
         watch: as for `train_net`.
         backbone: state dict that the backbone begins with (None: it begins afresh, as the heads always do).
+        val: `TaskData` of the rows held out, to evaluate the network on after each epoch (None: there are none).
 
     Yields:
         (net, values, snapshot) after each epoch: the `MultiHead`, and what `train_net` yields.
@@ -65,14 +70,38 @@ def train_epochs(settings, precision, train, tasks, rows, round, start=None, wat
     heads = torch.cat([torch.full_like(r, head) for head, r in enumerate(rows)])
     rows = torch.cat(tuple(rows))
     epochs = train_net(
-        net, train.images, rows, heads, train.labels[rows], epochs=settings.epochs, batch=settings.batch,
-        lr=settings.lr, l2_reg=settings.l2_reg, schedule=settings.schedule, augment=settings.augment, flip=train.flip,
-        precision=precision, generators=generators, start=start, watch=watch,
+        net, train.images, rows, heads, train.labels[rows], flip=train.flip, precision=precision, generators=generators,
+        weights=balance(heads, train.labels[rows]) if settings.class_weights else None, start=start, watch=watch,
+        validate=val and (lambda: validate(net, val, tasks, precision, 2 * settings.batch)),
+        **{key: getattr(settings, key) for key in RECIPE},
     )  # fmt: skip
     for values, snapshot in epochs:
         where = f"round {round + 1}, epoch {values['epoch'] + 1}"
         require_finite(values["train_loss"], f"{where}: the training loss", values["lr"], precision)
         yield net, values, snapshot
+
+
+def validate(net, val, tasks, precision, most):
+    """dict(val_loss, val_accuracy): means over the tasks, each on its rows of `val`, at most so many at once."""
+    loss, accuracy = [], []
+    for head, t in enumerate(tasks):
+        logits = predict_logits(net, val.images, val.rows(t), head, val.classes[t], precision, most)
+        labels = val.labels[val.rows(t)]
+        loss.append(metrics.negative_log_likelihood(metrics.log_probs(logits), labels))
+        accuracy.append(metrics.accuracy(logits, labels))
+    return {"val_loss": sum(loss) / len(loss), "val_accuracy": sum(accuracy) / len(accuracy)}
+
+
+def balance(heads, labels):
+    """A weight [n] for each row such that every class of a head weighs alike: rows / (classes * rows of the class).
+
+    Those of a head have mean 1, as scikit-learn's "balanced".
+    """
+    of_class = torch.stack([heads, labels], 1)
+    _, each, rows = of_class.unique(dim=0, return_inverse=True, return_counts=True)
+    of_head = heads.bincount().float()
+    classes = torch.zeros_like(of_head).index_add_(0, heads, 1 / rows[each].float())
+    return of_head[heads] / (classes.round()[heads] * rows[each])
 
 
 def require_finite(value, what, lr, precision):
@@ -86,11 +115,12 @@ def require_finite(value, what, lr, precision):
                        f"try a lower lr{' or --precision fp32' * (precision != 'fp32')}")  # fmt: skip
 
 
-def train_learner(settings, precision, train, test, tasks, rows, seen, round, log, checkpoint=None, backbone=None):
+def train_learner(settings, precision, train, test, tasks, rows, seen, round, log, checkpoint=None, backbone=None,
+                  val=None):  # fmt: skip
     """Train a learner and evaluate it.
 
     Args:
-        settings, precision, train, tasks, rows, round, backbone: see `train_epochs`.
+        settings, precision, train, tasks, rows, round, backbone, val: see `train_epochs`.
         test: `TaskData` on the same device.
         seen: [n] tensors, the rows of `train` on which the learner's logits are kept.
         log: the `RunLog`.
@@ -109,7 +139,7 @@ def train_learner(settings, precision, train, test, tasks, rows, seen, round, lo
     log.forget(round, first)
     log.start_round(round, settings.epochs, n, first)
     due = time.perf_counter() + CHECKPOINT_SECONDS
-    epochs = train_epochs(settings, precision, train, tasks, rows, round, start, log.watch, backbone)
+    epochs = train_epochs(settings, precision, train, tasks, rows, round, start, log.watch, backbone=backbone, val=val)
     for net, values, snapshot in epochs:  # noqa: B007 (net is evaluated below)
         log.log_epoch(round, **values, seconds=time.perf_counter() - began)
         done = values["epoch"] + 1
@@ -133,7 +163,7 @@ def train_learner(settings, precision, train, test, tasks, rows, seen, round, lo
     return Learner(tuple(tasks), tuple(train_logits), tuple(test_logits), *cost, saved)
 
 
-def train_or_load(settings, precision, train, test, tasks, rows, seen, round, folder, log):
+def train_or_load(settings, precision, train, test, tasks, rows, seen, round, folder, log, val=None):
     """The learner of `round`: from its file in the run folder where that is whole, else trained and saved there.
 
     Args and errors as of `train_learner`, with `folder` the run folder, in which the learner before lies, too.
@@ -144,7 +174,7 @@ def train_or_load(settings, precision, train, test, tasks, rows, seen, round, fo
     learner = load_learner(path, train, test, tasks, seen, log)
     if learner is None:
         backbone = load_backbone(before) if inherits else None
-        arguments = (settings, precision, train, test, tasks, rows, seen, round, log, checkpoint, backbone)
+        arguments = (settings, precision, train, test, tasks, rows, seen, round, log, checkpoint, backbone, val)
         try:
             learner = train_learner(*arguments)
         except BadSnapshot as e:
@@ -163,13 +193,14 @@ def train_or_load(settings, precision, train, test, tasks, rows, seen, round, fo
 def run(settings, loaded=None):
     """Train Multi-Head in its run folder and return its result; `loaded` and errors as of `modelzoo.run`."""
     device, precision, train, test = prepare(settings, loaded)
+    train, val = hold_out(train, settings.val_frac) if settings.val_frac else (train, None)
     tasks = list(range(len(settings.tasks)))
     rows = [train.rows(t) for t in tasks]
     plan = [(len(tasks), len(train.labels))]
     if settings.dry_run:
         return estimate(settings, device, precision, train, test, plan)
     with open_run(settings, device, precision, train, test, plan) as (folder, log):
-        learner = train_or_load(settings, precision, train, test, tasks, rows, rows, 0, folder, log)
+        learner = train_or_load(settings, precision, train, test, tasks, rows, rows, 0, folder, log, val)
         accuracy = [metrics.accuracy(learner.test_logits[t], test.labels[test.rows(t)]) for t in tasks]
         log_probs = map(metrics.log_probs, learner.train_logits)
         loss = [metrics.negative_log_likelihood(p, train.labels[rows[t]]) for t, p in enumerate(log_probs)]

@@ -104,14 +104,15 @@ def make_tasks(images, labels, tasks, flip, samples=None, noisy_from=None, gener
                     tuple(tuple(map(name, task)) for task in tasks))  # fmt: skip
 
 
-def hold_out(train):
+def hold_out(train, share=0.2):
     """Split training rows in two, class by class, so that settings can be compared without a test row.
 
-    Of every class of every task each fifth row is held out (of fewer than five the last), whatever the seed: a label
-    that stands in two tasks brings the same rows, in the same order, to both, so both hold out the same ones.
+    Of every class of every task rows at equal distances are held out, its last one among them, whatever the seed: a
+    label that stands in two tasks brings the same rows, in the same order, to both, so both hold out the same ones.
 
     Args:
         train: `TaskData` of the training rows.
+        share: of a class's rows, in (0, 1), rounded; at least one row, and not all.
 
     Returns:
         fit, held_out: `TaskData`; together all rows of `train`.
@@ -126,7 +127,8 @@ def hold_out(train):
             of_class = rows[train.labels[rows] == c]
             if len(of_class) == 1:
                 raise DataError(f"class {c} of task {t} has a single training row: none can be held out beside it")
-            held[of_class[4::5] if len(of_class) >= 5 else of_class[-1:]] = True
+            n = min(max(1, round(share * len(of_class))), len(of_class) - 1)
+            held[of_class[torch.arange(1, n + 1, device=held.device) * len(of_class) // n - 1]] = True
 
     def subset(chosen):
         counts = [int(chosen[train.rows(t)].sum()) for t in range(len(train.classes))]

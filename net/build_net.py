@@ -1,5 +1,7 @@
 """A backbone and its heads."""
+import difflib
 import re
+import reprlib
 
 import torch
 from torch import nn
@@ -90,7 +92,7 @@ class MultiHead(nn.Module):
 
 
 def read_model(text):
-    """("conv", channels) of "conv" or "conv_160"; ("wrn", depth, widen) of "wrn16_4".
+    """("conv", channels) of "conv" or "conv_160"; ("wrn", depth, widen) of "wrn16_4"; ("torchvision", "resnet18").
 
     Raises:
         ValueError: another text, or numbers of which no network is made.
@@ -100,7 +102,13 @@ def read_model(text):
         return "conv", int(found[1] or 80)
     if found and int(found[2]) >= 10 and int(found[2]) % 6 == 4:
         return "wrn", int(found[2]), int(found[3])
-    raise ValueError("not one of conv, conv_<channels>, wrn<depth>_<widen> (depth 10, 16, 22, 28, ...)")
+    from net.vision import list_networks  # which a run of our own networks need not wait for
+
+    if text in (names := list_networks()):
+        return "torchvision", text
+    near = "".join(f"; did you mean {name}?" for name in difflib.get_close_matches(text, names, 1))
+    raise ValueError(f"{reprlib.repr(text)} is not one of conv, conv_<channels>, wrn<depth>_<widen> (depth 10, 16, 22, "
+                     f"28, ...), nor of torchvision's classifiers (resnet18, ...){near}")  # fmt: skip
 
 
 def build_net(model, image_shape, classes, dropout, seed):
@@ -110,7 +118,7 @@ def build_net(model, image_shape, classes, dropout, seed):
         model: as for `read_model`.
         image_shape: (C, H, W).
         classes: [T], how many classes each head tells apart.
-        dropout: between the two convolutions of a block, in [0, 1); conv has none.
+        dropout: in [0, 1): of a wide residual network's blocks, of torchvision's dropout layers; conv has none.
         seed: of the initial weights; torch's global generator is left as it was.
 
     Returns:
@@ -121,8 +129,15 @@ def build_net(model, image_shape, classes, dropout, seed):
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would set those of GPUs too
-        kind, *numbers = read_model(model)
-        backbone = SmallConv(*image_shape, *numbers) if kind == "conv" else WideResNet(*image_shape, *numbers, dropout)
+        match read_model(model):
+            case "conv", channels:
+                backbone = SmallConv(*image_shape, channels)
+            case "wrn", depth, widen:
+                backbone = WideResNet(*image_shape, depth, widen, dropout)
+            case "torchvision", name:
+                from net.vision import VisionNet
+
+                backbone = VisionNet(name, *image_shape, dropout)
         return MultiHead(backbone, classes)
 
 

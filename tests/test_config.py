@@ -10,7 +10,7 @@ import multihead
 from tests.conftest import CONV, flags, write_yaml
 from utils import command as cli
 from utils.config import read_settings
-from utils.config_files import DATASETS, ConfigError, dump_yaml, load_yaml, read_dataset, read_hyperparam
+from utils.config_files import DATASETS, OPTIONAL, ConfigError, dump_yaml, load_yaml, read_dataset, read_hyperparam
 from utils.run import record
 
 CONFIG = Path(__file__).parent.parent / "config"
@@ -257,7 +257,8 @@ def test_shipped_files_are_the_contract(tmp_path):
                           "schedule": "constant", "augment": False}}  # fmt: skip
     for name, values in expected.items():
         found = read_hyperparam(CONFIG / f"hyperparam/{name}.yaml")
-        assert found == {"epochs": 100, "augment": True, **values}
+        left_out = {key: default for key, (_, default) in OPTIONAL.items()}
+        assert found == {"epochs": 100, "augment": True, **values, **left_out}
 
 
 def test_a_width_is_part_of_the_networks_name(tmp_path):

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.test_runs import start
 from tools.sweep import read_grid
 from utils.config import read_settings
-from utils.config_files import load_yaml, read_dataset
+from utils.config_files import OPTIONAL, RANGES, load_yaml, read_dataset
 from utils.search import read_search
 
 ROOT = Path(__file__).parent.parent
@@ -88,6 +89,16 @@ def test_dataset_files_are_read(page, tmp_path):
     for i, text in enumerate(files):
         (tmp_path / f"{i}.yaml").write_text(text)
         assert len(read_dataset(tmp_path / f"{i}.yaml")["tasks"]) == 2
+
+
+@pytest.mark.parametrize("page", ["networks.md", "training.md"])
+def test_hyperparameter_files_train(page, workspace):
+    """As they stand there, for two epochs, on small images."""
+    (text,) = blocks(ROOT / "docs" / page, "yaml")
+    (workspace / "hp.yaml").write_text(text)
+    start(workspace, "a", "--continual", "--num_rounds", "2", "--epochs", "2", "--val_frac", "0.2")
+    table = (ROOT / "docs/training.md").read_text()
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.M)) == {*RANGES, *OPTIONAL, "epochs", "schedule", "augment"}
 
 
 def test_grid_of_the_sweep_is_read(tmp_path, monkeypatch):

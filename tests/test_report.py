@@ -173,8 +173,8 @@ def test_page_is_self_contained_and_escaped(tmp_path, capsys):
     assert "http://" not in page
     assert "https://" not in page
     assert "url(" not in page
-    # of two tasks: methods, dots, curves, matrix, draws; of three: methods, dots, matrix; and the joint figure
-    assert page.count("<img ") == 9
+    # of two tasks: methods, dots, compute, curves, matrix, draws; of three: methods, dots, compute, matrix; joint
+    assert page.count("<img ") == 11
     # Found by review: headings stood there twice without a word of which tasks.
     headings = re.findall("<h2>(.*?)</h2>", page)
     assert len(set(headings)) == len(headings)

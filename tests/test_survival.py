@@ -153,7 +153,7 @@ def test_fifty_killed_runs_resume_to_the_same_result(digits):
 ])  # fmt: skip
 def test_learner_goes_on_from_its_checkpoint(workspace, monkeypatch, method, more):
     """Dropout, augmentation, momentum, order and the learning rate all go on where they stood."""
-    write_yaml(workspace / "hp.yaml", {**CONV, "model": "wrn16_4", "dropout": 0.3, "augment": True, "epochs": 4,
+    write_yaml(workspace / "hp.yaml", {**CONV, "model": "wrn10_1", "dropout": 0.3, "augment": True, "epochs": 4,
                                        "schedule": "cosine"})  # fmt: skip
     more = (*more, "--samples", "3")
     whole = start(workspace, "a", *more, method=method)

@@ -15,7 +15,7 @@ from utils import metrics
 from utils.config_files import ConfigError, load_yaml
 from utils.learner import COST, WARM, learner_path, make_learner
 from utils.log import first_seen, task_names
-from utils.run_folder import FREE, load_tensors
+from utils.run_folder import FREE, LATER, load_tensors
 
 APART = (*FREE, "save_nets", "threads", "seed", "task_order", "names")  # settings that may differ within a group
 DATA = ("dataset", "path", "size", "tasks")  # one setting here: which tasks
@@ -253,7 +253,7 @@ def _parse(path, result, about):
         return isinstance(x, (int, float)) and not isinstance(x, bool) and 0 <= x <= high
 
     config, matrix, rounds, classes = (result[key] for key in ("config", "accuracy_matrix", "rounds", "classes"))
-    config = {"inherit": False, **config}  # which runs did not record at first
+    config = LATER | config
     continual, size = config["continual"], len(classes)
     seen = [k + 1 if continual else size for k in range(len(rounds))]
     cost = {"networks": (sum(len(r["tasks"]) for r in rounds) + size * config["warm_start"]) / max(size, 1)}
@@ -289,7 +289,7 @@ def _parse(path, result, about):
     about = {"commit": commit[:10] + "+" * commit.endswith("+"), "hardware": hardware, "torch": torch}
     return Run(path, kind, config["seed"], {"tasks": tasks, **settings, "all_tasks": data}, names,
                json.dumps([*data[:-1], classes]), matrix, rounds, cost, about, checksum, class_names=class_names,
-               order=config.get("task_order", 0), image_shape=shape and tuple(shape))  # fmt: skip
+               order=config["task_order"], image_shape=shape and tuple(shape))  # fmt: skip
 
 
 def printable(value):
@@ -426,11 +426,8 @@ def group_runs(runs):
 
 def tell_apart(runs):
     """A label for each of `runs`, of which no two are of the same group."""
-    labels = []
-    for i, run in enumerate(runs):
-        label = _label(run, runs[:i] + runs[i + 1 :])
-        labels.append(label + f" ({labels.count(label) + 1})" * (label in labels))
-    return labels
+    labels = [_label(run, runs[:i] + runs[i + 1 :]) for i, run in enumerate(runs)]
+    return [label + f" ({labels[:i].count(label) + 1})" * (label in labels[:i]) for i, label in enumerate(labels)]
 
 
 def join_lengths(groups):

@@ -33,6 +33,14 @@ class Settings:
     epochs: int  # flag over file over 100
     schedule: str
     augment: bool  # never with one epoch
+    optimiser: str
+    momentum: float
+    warmup: float  # epochs
+    lr_min: float
+    clip_norm: float | None
+    label_smoothing: float
+    class_weights: str | None
+    best_epoch: bool
     # flags
     method: str  # modelzoo, multihead, avalanche-naive, ...
     data_config: str
@@ -46,6 +54,7 @@ class Settings:
     precision: str
     task_order: int = 0  # seed of the order of the file's tasks; 0: as written
     threads: int | None = None  # None: those of the run that is resumed, else by machine and network
+    val_frac: float | None = None  # of the training rows of every class, held out
     continual: bool = False
     num_rounds: int = 1
     tasks_per_round: int = 0
@@ -96,6 +105,8 @@ def add_run_flags(p):
     p.add_argument("--task_order", type=int, default=0, metavar="SEED",
                    help="shuffle the order of the dataset file's tasks (default: 0, as written)")
     p.add_argument("--threads", type=int, help="CPU threads (default: by cores and network; a resumed run's own)")
+    p.add_argument("--batch", type=int, help="rows per step (default: the hyper-parameter file's)")
+    p.add_argument("--lr", type=float, help="learning rate (default: the hyper-parameter file's)")
 
 
 def add_multihead_flags(p):
@@ -133,6 +144,7 @@ def read_settings(prog, method, argv=None):
     }[method]  # fmt: skip
     p = make_parser(prog, about)
     add_flags(p)
+    p.add_argument("--val_frac", type=float, help="share of the training rows of every class that is held out")
     p.add_argument("--dry_run", action="store_true", help="say what the run would take, write nothing, train nothing")
     return make_settings(method, vars(p.parse_args(argv)))
 
@@ -168,7 +180,11 @@ def make_settings(method, flags, kind=Settings):
         data |= {key: data[key] and tuple(data[key][t] for t in order) for key in ("tasks", "names")}
     if flags.get("num_tasks"):
         data = _keep_tasks(data, flags["num_tasks"])
-    hyper = read_hyperparam(flags["hp_config"], flags["epochs"])
+    hyper = read_hyperparam(flags["hp_config"], {key: flags.get(key) for key in ("epochs", "batch", "lr")})
+    if flags.get("val_frac") is not None:
+        check("--val_frac", flags["val_frac"], float, above=0, below=1)
+    elif hyper["best_epoch"]:
+        raise ConfigError(f"{flags['hp_config']}: best_epoch: needs --val_frac, the share of rows that it looks at")
     if flags["name"] is None:
         flags["name"] = default_name(method, flags, [f.name for f in fields(kind)[len(fields(Settings)) :]])
     if not re.fullmatch(r"\w[\w.,=+-]{0,199}", flags["name"]):
@@ -216,7 +232,8 @@ def default_name(method, flags, more=()):
     parts = [Path(flags["data_config"]).stem, Path(flags["hp_config"]).stem, method]
     for flag in ("continual", "naive", "warm_start", "inherit"):
         parts += [flag] if flags.get(flag) else []
-    for flag in ("num_tasks", "num_rounds", "tasks_per_round", "replay_frac", "samples", "epochs", *more):
+    for flag in ("num_tasks", "num_rounds", "tasks_per_round", "replay_frac", "samples", "epochs", "batch", "lr",
+                 "val_frac", *more):  # fmt: skip
         parts += [f"{flag}={flags[flag]}"] if flags.get(flag) is not None else []
     parts += [f"task_order={flags['task_order']}"] if flags.get("task_order") else []
     name = "-".join([*parts, f"seed={flags['seed']}"])

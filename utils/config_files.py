@@ -39,6 +39,17 @@ RANGES = {
     "l2_reg": {"kind": float, "low": 0, "below": math.inf},
     "dropout": {"kind": float, "low": 0, "below": 1},
 }
+# Keys that may be left out: as `check` takes them, and the default.
+OPTIONAL = {
+    "optimiser": ({"kind": str, "choices": ("sgd", "adamw")}, "sgd"),
+    "momentum": ({"kind": float, "low": 0, "below": 1}, 0.9),
+    "warmup": ({"kind": float, "low": 0, "below": math.inf}, 0.0),
+    "lr_min": ({"kind": float, "low": 0, "below": math.inf}, 0.0),
+    "clip_norm": ({"kind": float, "above": 0, "below": math.inf}, None),
+    "label_smoothing": ({"kind": float, "low": 0, "below": 1}, 0.0),
+    "class_weights": ({"kind": str, "choices": ("balanced",)}, None),
+    "best_epoch": ({"kind": bool}, False),
+}
 # What a search tries where a hyper-parameter file's `search:` says nothing else: one of some values, or a number
 # between two ends, uniformly or on a logarithmic scale.
 SPACE = {
@@ -145,7 +156,7 @@ def check_model(where, text):
     try:
         read_model(text)
     except ValueError as e:
-        raise ConfigError(f"{where}: {reprlib.repr(text)} is {e}") from e
+        raise ConfigError(f"{where}: {e}") from e
     return text
 
 
@@ -248,22 +259,40 @@ def _read_network(file, found):
     return check_model(f"{file}: model", model)
 
 
-def read_hyperparam(file, epochs=None):
-    """Read a hyper-parameter file: dict with every training setting; `epochs` (the flag) goes over the file's.
+def read_hyperparam(file, over=()):
+    """Read a hyper-parameter file: a dict with every training setting.
+
+    Args:
+        file: its path.
+        over: dict of flags that go over the file's keys: epochs, batch, lr; None where they were not given.
 
     Raises:
-        ConfigError: an unknown or missing key, or a value that cannot be right.
+        ConfigError: an unknown or missing key, a value that cannot be right, or keys that contradict each other.
     """
     found = load_yaml(file)
-    check_keys(file, found, ("model", *RANGES), ("epochs", "schedule", "augment", "search", "width"))
+    check_keys(file, found, ("model", *RANGES), ("epochs", "schedule", "augment", "search", "width", *OPTIONAL))
     read_space(file)
-    if epochs is None:
-        epochs = check(f"{file}: epochs", found.get("epochs", 100), int, 1, 10**6)
-    augment = check(f"{file}: augment", found.get("augment", True), bool)
-    return {
+    over = {key: value for key, value in dict(over).items() if value is not None}
+
+    def read(key, default=None, **values):
+        where = f"--{key}" if key in over else f"{file}: {key}"
+        return check(where, over.get(key, found.get(key, default)), **values)
+
+    epochs = read("epochs", 100, kind=int, low=1, high=10**6)
+    settings = {
         "model": _read_network(file, found),
-        **{key: check(f"{file}: {key}", found[key], **values) for key, values in RANGES.items()},
+        **{key: read(key, **values) for key, values in RANGES.items()},
         "epochs": epochs,
-        "schedule": check(f"{file}: schedule", found.get("schedule", "cosine"), str, choices=SCHEDULES),
-        "augment": augment and epochs > 1,
+        "schedule": read("schedule", "cosine", kind=str, choices=SCHEDULES),
+        "augment": read("augment", True, kind=bool) and epochs > 1,
+        **{key: read(key, **values) if key in found else default for key, (values, default) in OPTIONAL.items()},
     }
+    for wrong, line in (
+        ("momentum" in found and settings["optimiser"] != "sgd", "momentum: is of optimiser sgd alone"),
+        (settings["warmup"] >= epochs, f"warmup: {settings['warmup']:g} must be below the number of epochs, {epochs}"),
+        (settings["lr_min"] > settings["lr"], f"lr_min: {settings['lr_min']:g} must be at most lr, {settings['lr']:g}"),
+        (settings["lr_min"] and settings["schedule"] == "constant", "lr_min: a constant schedule never comes to it"),
+    ):
+        if wrong:
+            raise ConfigError(f"{file}: {line}")
+    return settings

@@ -123,11 +123,12 @@ class RunLog:
             if time.perf_counter() >= self.due:
                 self._show(seen, loss_sum.item() / seen)
 
-    def _show(self, seen, loss=None):
-        """Show that `seen` rows of this epoch are trained on, and their mean loss."""
+    def _show(self, seen, loss=None, val_accuracy=None):
+        """Show that `seen` rows of this epoch are trained on, their mean loss, and the accuracy on rows held out."""
         now = time.perf_counter()
         self.due = now + (BAR_SECONDS if self.terminal else LINE_SECONDS)
         loss = "" if loss is None else f"loss {loss:.3f}"
+        loss += "" if val_accuracy is None else f"   held out {100 * val_accuracy:.1f} %"
         where = f"round {self.training + 1}/{self.rounds}" if self.training >= 0 else "warm start"
         epoch = f"epoch {self.epoch + 1}/{self.epochs}"
         if self.bars:
@@ -146,7 +147,7 @@ class RunLog:
         """Note an epoch (counted from 0)."""
         self.write(round=round, epoch=epoch, **values)
         if time.perf_counter() >= self.due:
-            self._show(self.rows, values["train_loss"])
+            self._show(self.rows, values["train_loss"], values.get("val_accuracy"))
         self.done += self.rows
         self.epoch = epoch + 1
 

@@ -17,6 +17,7 @@ from utils.learner import learner_path, load_run
 from utils.log import RunLog, print_result, say_folded, task_names
 from utils.run_folder import (
     FREE,
+    LATER,
     check_folder,
     load_tensors,
     naming_memory,
@@ -217,7 +218,7 @@ def check_extension(settings, device, precision, train, test):
         return []
     folder, mine = Path(settings.extend), record(settings, device, precision)
     theirs, _, learners, nets = load_run(folder, "cpu")
-    theirs = {"task_order": 0, "inherit": False, **theirs}
+    theirs = LATER | theirs
     if settings.inherit and nets[-1] is None:
         raise ConfigError(f"--inherit: {folder} kept no network to inherit from; run that again with --inherit, or "
                           "extend it without")  # fmt: skip

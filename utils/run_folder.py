@@ -16,10 +16,12 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from utils.config_files import ConfigError, dump_yaml, load_yaml
+from utils.config_files import OPTIONAL, ConfigError, dump_yaml, load_yaml
 
 # Settings that may change when a run is resumed: those that decide nothing, and files, which count by what they say.
 FREE = ("resume", "dry_run", "out", "name", "data_dir", "tensorboard", "extend", "data_config", "hp_config")
+# Settings that older runs did not record, and what they were.
+LATER = {"task_order": 0, "inherit": False, "val_frac": None, **{key: x for key, (_, x) in OPTIONAL.items()}}
 # What a file system says of a call that it does not have: those of clusters, of other systems and in memory lack some.
 LACKING = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 SEAL = b"sha256:"  # a tensor file ends in this and the checksum of all before it
@@ -209,7 +211,7 @@ def _compare_settings(folder, mine, theirs):
     if not isinstance(theirs, dict):
         raise ConfigError(f"{folder / 'config.yaml'}: key settings is missing; take another --name")
     older = {"threads"} - theirs.keys()  # which runs did not record at first
-    theirs = {"task_order": 0, "inherit": False, **theirs}
+    theirs = LATER | theirs
     for key in (*mine, *theirs):
         if key not in (*FREE, *older) and mine.get(key, 0) != theirs.get(key):
             was, now = (reprlib.repr(values.get(key)) for values in (theirs, mine))

@@ -8,6 +8,7 @@ import math
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 PAD = 4  # pixels of zeros around an image before it is cropped at random
@@ -100,40 +101,71 @@ def renew_batch_norm(net, batches, precision):
         norm.momentum = before
 
 
-def learning_rate(schedule, lr, step, steps):
-    """The rate of step 0 .. steps - 1: `lr` throughout (constant), or annealed by a cosine to 0 after the last."""
-    return lr if schedule == "constant" else lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+def learning_rate(schedule, lr, step, steps, warmup=0, lr_min=0.0):
+    """The rate of step 0 .. steps - 1.
+
+    It rises linearly to `lr` in the first `warmup` steps, and then stays (constant), or is annealed by a cosine that
+    would be at `lr_min` after the last step.
+    """
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    done = (step - warmup) / (steps - warmup)
+    return lr if schedule == "constant" else lr_min + (lr - lr_min) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-class SGD:
-    """Stochastic gradient descent with Nesterov momentum, as one fused kernel.
+def row_losses(logits, labels, smoothing=0.0):
+    """The cross entropy [B] of logits [B, C_max], -inf past a row's C_t, with smoothed labels (Szegedy et al. 2016).
 
-    The arithmetic is torch's; its optimiser class is not used because making one imports torch's compiler, which takes
-    as long as all other imports together.
+    A label counts 1 - smoothing, and all C_t classes of its task share the rest.
+    """
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    if smoothing:
+        present = logits > -torch.inf
+        uniform = logits.log_softmax(1).masked_fill(~present, 0).sum(1) / present.sum(1)
+        losses = (1 - smoothing) * losses - smoothing * uniform
+    return losses
+
+
+class Optimiser:
+    """SGD with Nesterov momentum, or AdamW, as one fused kernel.
+
+    The arithmetic is torch's; its optimiser classes are not used because making one imports torch's compiler, which
+    takes as long as all other imports together.
 
     Args:
         params: of the network.
+        kind: sgd or adamw.
         lr: 0-d float32 tensor on their device; its value at the time of a step counts, also in a captured step.
-        weight_decay: on all parameters.
-        momentum: in [0, 1).
+        weight_decay: on all parameters; adamw's is apart from the gradient.
+        momentum: of sgd, in [0, 1); adamw has its usual 0.9 and 0.999.
+
+    Attributes:
+        state: tensors; with params all that a step depends on.
     """
 
     # So `torch.amp.GradScaler` leaves it to the kernel to unscale gradients and to skip infinite ones, and need not
     # wait for the device. It looks for gradients in `param_groups`, and lends `grad_scale` and `found_inf` for a step.
     _step_supports_amp_scaling = True
 
-    def __init__(self, params, lr, weight_decay, momentum=0.9):
+    def __init__(self, params, kind, lr, weight_decay, momentum=0.9):
         self.params = list(params)
         self.param_groups = [{"params": self.params}]
-        self.velocity = [torch.zeros_like(p) for p in self.params]
-        self.settings = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
+        self.settings = {"lr": lr, "weight_decay": weight_decay, "maximize": False, "fused": True}
+        moments = [torch.zeros_like(p) for p in self.params]
+        if kind == "sgd":
+            self.update, self.lists = sgd, [moments]
+            self.settings |= {"momentum": momentum, "nesterov": momentum > 0, "dampening": 0}
+        else:
+            steps = [torch.zeros((), device=p.device) for p in self.params]
+            self.update, self.lists = adamw, [moments, [torch.zeros_like(p) for p in self.params], [], steps]
+            self.settings |= {"amsgrad": False, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
+        self.state = [x for tensors in self.lists for x in tensors]
 
     @torch.no_grad()
     def step(self):
         """Move every parameter by its gradient, which is dropped."""
         scaling = {key: getattr(self, key, None) for key in ("grad_scale", "found_inf")}
-        sgd(self.params, [p.grad for p in self.params], self.velocity, fused=True, nesterov=True, dampening=0,
-            maximize=False, **scaling, **self.settings)  # fmt: skip
+        self.update(self.params, [p.grad for p in self.params], *self.lists, **scaling, **self.settings)
         for p in self.params:
             p.grad = None
 
@@ -185,12 +217,13 @@ def keep_freed_memory():
 
 
 def train_net(net, images, rows, heads, labels, *, epochs, batch, lr, l2_reg, schedule, augment, flip, precision,
-              generators, start=None, watch=None):
+              generators, optimiser="sgd", momentum=0.9, warmup=0.0, lr_min=0.0, clip_norm=None, label_smoothing=0.0,
+              weights=None, validate=None, best_epoch=False, start=None, watch=None):  # fmt: skip
     """Train `net`, an epoch each time the caller asks for the next one.
 
-    Stochastic gradient descent with Nesterov momentum 0.9 and weight decay on all parameters, one update a step, on
-    the cross entropy of each row's own head. Rows of all tasks are mixed and reshuffled every epoch; the last short
-    batch is kept. After the last epoch batch norm's statistics are set anew (`renew_batch_norm`).
+    One update a step, on the mean of the cross entropies of the rows' own heads. Rows of all tasks are mixed and
+    reshuffled every epoch; the last short batch is kept. After the last epoch, and before each validation, batch norm's
+    statistics are set anew (`renew_batch_norm`).
 
     Args:
         net: `MultiHead`, on the device of the data.
@@ -198,17 +231,25 @@ def train_net(net, images, rows, heads, labels, *, epochs, batch, lr, l2_reg, sc
         rows: [n] int64, the rows to train on; one may stand there several times.
         heads: [n] int64, the head of each.
         labels: [n] int64, the class of each within its task.
+        epochs, batch, lr, l2_reg, schedule: as in a hyper-parameter file; l2_reg is the weight decay.
         augment: crop at random, and mirror if `flip`.
         precision: fp32, bf16 or fp16, of the backbone alone.
         generators: "shuffle", "augment" and "dropout" (the last is drawn from inside the net), on the data's device.
+        optimiser, momentum: as for `Optimiser`.
+        warmup, lr_min: as for `learning_rate`; warmup in epochs, of which a part may be.
+        clip_norm: gradients of a greater norm, all together, are scaled down to it (None: not).
+        label_smoothing: as for `row_losses`.
+        weights: [n] float32, by which the rows' losses are multiplied (None: all 1).
+        validate: a function () -> dict(val_loss, val_accuracy), called after each epoch (None: nothing is held out).
+        best_epoch: end with the weights after the epoch of the highest val_accuracy, the first of several.
         start: what `snapshot` returned, its tensors on the CPU, to go on from there (None: from the beginning).
         watch: what an epoch's batches go through, (batches, loss_sum) -> batches, to show them; loss_sum is the loss
             summed over the rows so far, on the device (None: nobody watches).
 
     Yields:
         After each epoch (values, snapshot): dict(epoch, train_loss, train_accuracy, lr), counted from 0, means over the
-        rows as they were trained on, and the rate of the epoch's last step; and a function that returns all that
-        training needs to go on from here, exactly, as a dict of tensors and numbers.
+        rows as they were trained on, and the rate of the epoch's last step, with what `validate` returned; and a
+        function that returns all that training needs to go on from here, exactly, as a dict of tensors and numbers.
 
     Raises:
         BadSnapshot: `start` is of another network.
@@ -217,17 +258,18 @@ def train_net(net, images, rows, heads, labels, *, epochs, batch, lr, l2_reg, sc
     keep_freed_memory()
     net.to(memory_format=torch.channels_last)
     rate = torch.zeros((), device=device)
-    optimiser = SGD(net.parameters(), rate, l2_reg)
+    update = Optimiser(net.parameters(), optimiser, rate, l2_reg, momentum)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     steps = epochs * math.ceil(len(rows) / batch)
-    first = 0
+    rising = round(warmup * steps / epochs)
+    first, best = 0, None
     if start is not None:
         try:
-            first = start["epoch"]
+            first, best = start["epoch"], start["best"]
             for key, part in (("net", net), ("scaler", scaler)):
                 part.load_state_dict(start[key])
-            for v, saved in zip(optimiser.velocity, start["velocity"], strict=True):
-                v.copy_(saved)
+            for x, saved in zip(update.state, start["optimiser"], strict=True):
+                x.copy_(saved)
             for key, generator in generators.items():
                 generator.set_state(start["generators"][key])
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
@@ -245,9 +287,16 @@ def train_net(net, images, rows, heads, labels, *, epochs, batch, lr, l2_reg, sc
     def take_step(i):
         head, label = heads[i], labels[i]
         logits = forward(net, take_images(i), head, precision)
-        loss = F.cross_entropy(logits, label)
+        if label_smoothing or weights is not None:
+            losses = row_losses(logits, label, label_smoothing)
+            loss = (losses if weights is None else losses * weights[i]).mean()
+        else:
+            loss = F.cross_entropy(logits, label)
         scaler.scale(loss).backward()
-        scaler.step(optimiser)
+        if clip_norm is not None:
+            scaler.unscale_(update)
+            nn.utils.clip_grad_norm_(update.params, clip_norm)
+        scaler.step(update)
         scaler.update()
         loss_sum.add_(loss.detach().double() * len(i))
         correct.add_((logits.detach().argmax(1) == label).sum())
@@ -262,16 +311,23 @@ def train_net(net, images, rows, heads, labels, *, epochs, batch, lr, l2_reg, sc
         correct.zero_()
         net.train()  # between epochs the caller may have had it predict
         for i in watch(shuffle(), loss_sum) if watch else shuffle():
-            rate.fill_(now := learning_rate(schedule, lr, step, steps))
+            rate.fill_(now := learning_rate(schedule, lr, step, steps, rising, lr_min))
             (take_full_step if len(i) == batch else take_step)(i)
             step += 1
-        if epoch + 1 == epochs:
-            renew_batch_norm(net, map(take_images, shuffle()), precision)
         means = {"train_loss": loss_sum.item() / len(rows), "train_accuracy": correct.item() / len(rows)}
+        if epoch + 1 == epochs or validate:
+            renew_batch_norm(net, map(take_images, shuffle()), precision)
+        if validate:
+            means |= validate()
+            if best_epoch and (best is None or means["val_accuracy"] > best["val_accuracy"]):
+                best = means | {"net": {key: x.clone() for key, x in net.state_dict().items()}}
+        if best and epoch + 1 == epochs:
+            net.load_state_dict(best["net"])
 
-        def snapshot(done=epoch + 1):
-            parts = {"net": net.state_dict(), "velocity": optimiser.velocity, "scaler": scaler.state_dict()}
-            return {"epoch": done, "generators": {k: g.get_state() for k, g in generators.items()}, **parts}
+        def snapshot(done=epoch + 1, best=best):
+            parts = {"net": net.state_dict(), "optimiser": update.state, "scaler": scaler.state_dict()}
+            states = {key: generator.get_state() for key, generator in generators.items()}
+            return {"epoch": done, "generators": states, "best": best, **parts}
 
         yield {"epoch": epoch, **means, "lr": now}, snapshot
 
