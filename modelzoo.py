@@ -18,7 +18,8 @@ from utils.dry_run import estimate
 from utils.learner import COST, WARM, load_run
 from utils.log import task_names
 from utils.metrics import accuracy, log_probs, negative_log_likelihood
-from utils.run import check_extension, find_looked_at, finish, open_run, prepare
+from utils.pretrained import freeze_backbone
+from utils.run import check_extension, find_looked_at, finish, open_run, plan_rounds, prepare
 from utils.run_net import make_generator, predict_logits
 
 
@@ -212,21 +213,6 @@ def run(settings, loaded=None):
         return finish(settings, device, precision, train, matrix, rounds, cost)
 
 
-def plan_rounds(settings, train):
-    """What the learners will train on, the warm start first: of each the number of its tasks and its rows in an epoch.
-
-    The rows are those of average tasks, because which tasks are drawn is not known yet.
-    """
-    num_tasks, r = len(train.classes), settings.replay_frac
-    whole = len(train.labels) / num_tasks
-    plan = [(num_tasks, len(train.labels))] * settings.warm_start
-    for k in range(settings.num_rounds):
-        n = min(settings.tasks_per_round, k + 1 if settings.continual else num_tasks)
-        past = whole if r == 1 or n == 1 else whole * r * replay_repeats(n, r)
-        plan.append((n, round(whole + (n - 1) * past)))
-    return plan
-
-
 def grow_zoo(settings, precision, train, test, folder, log, old=(), val=None):
     """The paper's algorithm, a round each turn of the loop; a learner already on disk is not trained again.
 
@@ -246,6 +232,9 @@ def grow_zoo(settings, precision, train, test, folder, log, old=(), val=None):
     num_tasks = settings.num_rounds if continual else len(settings.tasks)
     kept = [sample_replay(train, t, r, make_generator(seed, t, "replay")) for t in range(num_tasks)]
     looked_at = kept if r < 1 else find_looked_at(folder, train, num_tasks)
+    frozen = 0
+    if settings.freeze:
+        train, test, val, frozen = freeze_backbone(settings, precision, folder, train, test, val)
     zoo = Zoo([train.labels[rows] for rows in looked_at], [test.labels[test.rows(t)] for t in range(num_tasks)],
               train.classes[:num_tasks], r)  # fmt: skip
 
@@ -273,6 +262,7 @@ def grow_zoo(settings, precision, train, test, folder, log, old=(), val=None):
         log.log_round(k, tasks=tasks, accuracy=zoo.accuracy[:seen], seconds=learner.seconds,
                       known=[t for t in range(seen) if zoo.weights[t]])  # fmt: skip
     cost = {key: sum(getattr(learner, key) for learner in zoo.learners) for key in COST}
+    cost["parameters"] += frozen
     return matrix, rounds, cost | {"stored_rows": (not continual or settings.tasks_per_round > 1) * sum(map(len, kept))}
 
 

@@ -26,6 +26,7 @@ from utils.learner import (
     save_checkpoint,
     save_learner,
 )
+from utils.pretrained import freeze_backbone, load_weights
 from utils.run import finish, open_run, prepare
 from utils.run_folder import RunError, set_aside
 from utils.run_net import BadSnapshot, derive_seed, make_generator, predict_logits, train_net
@@ -173,7 +174,9 @@ def train_or_load(settings, precision, train, test, tasks, rows, seen, round, fo
     checkpoint = path.with_suffix(".checkpoint")
     learner = load_learner(path, train, test, tasks, seen, log)
     if learner is None:
-        backbone = load_backbone(before) if inherits else None
+        shape = train.images.shape[1:]
+        pretrained = settings.weights and not settings.freeze
+        backbone = load_backbone(before) if inherits else load_weights(settings, shape) if pretrained else None
         arguments = (settings, precision, train, test, tasks, rows, seen, round, log, checkpoint, backbone, val)
         try:
             learner = train_learner(*arguments)
@@ -200,6 +203,9 @@ def run(settings, loaded=None):
     if settings.dry_run:
         return estimate(settings, device, precision, train, test, plan)
     with open_run(settings, device, precision, train, test, plan) as (folder, log):
+        frozen = 0
+        if settings.freeze:
+            train, test, val, frozen = freeze_backbone(settings, precision, folder, train, test, val)
         learner = train_or_load(settings, precision, train, test, tasks, rows, rows, 0, folder, log, val)
         accuracy = [metrics.accuracy(learner.test_logits[t], test.labels[test.rows(t)]) for t in tasks]
         log_probs = map(metrics.log_probs, learner.train_logits)
@@ -207,6 +213,7 @@ def run(settings, loaded=None):
         log.log_round(0, tasks=tasks, accuracy=accuracy, seconds=learner.seconds)
         rounds = [{"tasks": tasks, "weights": [], "train_loss": loss, "seconds": learner.seconds}]
         cost = {key: getattr(learner, key) for key in COST} | {"stored_rows": len(train.labels)}
+        cost["parameters"] += frozen
         return finish(settings, device, precision, train, [accuracy], rounds, cost)
 
 

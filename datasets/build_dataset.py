@@ -54,11 +54,11 @@ def load_splits(dataset, tasks, data_dir, path=None, size=None):
         case "digits" | "rotated_digits":
             splits = load_digits() if dataset == "digits" else modify(load_digits(), labels, "rotated")
         case "npz":
-            splits = load_npz(_inside(data_dir, path))
+            splits = load_npz(inside(data_dir, path))
         case "image_folder":
             from datasets.folder import load_image_folder
 
-            splits, tasks, names = load_image_folder(_inside(data_dir, path), tasks, size)
+            splits, tasks, names = load_image_folder(inside(data_dir, path), tasks, size)
         case _:
             raise DataError(f"no dataset is called {dataset}")
     return splits, tasks, names
@@ -104,7 +104,7 @@ def load_whole(*data):
     return tuple(whole), tasks, names
 
 
-def _inside(data_dir, path):
+def inside(data_dir, path):
     """`path` below `data_dir`: a config that somebody sent reads nothing elsewhere, but where links there lead."""
     path = os.path.expanduser(path)
     whole = Path(data_dir) / path

@@ -77,6 +77,14 @@ class Heads(nn.Module):
         return logits.gather(1, heads[:, None, None].expand(-1, 1, logits.shape[2])).squeeze(1)
 
 
+class Features(nn.Identity):
+    """The backbone of a network whose inputs are features already: [B, D] -> [B, D]."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.features = features
+
+
 class MultiHead(nn.Module):
     """A shared backbone and one linear head per task.
 
@@ -92,7 +100,10 @@ class MultiHead(nn.Module):
 
 
 def read_model(text):
-    """("conv", channels) of "conv" or "conv_160"; ("wrn", depth, widen) of "wrn16_4"; ("torchvision", "resnet18").
+    """What `build_net` makes of a text.
+
+    ("conv", channels) of "conv" or "conv_160"; ("wrn", depth, widen) of "wrn16_4"; ("torchvision", name, weights) of
+    "resnet18", with None, or of "resnet18:IMAGENET1K_V1", which takes images as those weights want them.
 
     Raises:
         ValueError: another text, or numbers of which no network is made.
@@ -102,13 +113,24 @@ def read_model(text):
         return "conv", int(found[1] or 80)
     if found and int(found[2]) >= 10 and int(found[2]) % 6 == 4:
         return "wrn", int(found[2]), int(found[3])
-    from net.vision import list_networks  # which a run of our own networks need not wait for
+    from net.vision import find_weights, list_networks  # which a run of our own networks need not wait for
 
-    if text in (names := list_networks()):
-        return "torchvision", text
+    name, _, weights = text.partition(":")
+    if name in (names := list_networks()):
+        return "torchvision", name, weights and find_weights(name, weights).name
     near = "".join(f"; did you mean {name}?" for name in difflib.get_close_matches(text, names, 1))
     raise ValueError(f"{reprlib.repr(text)} is not one of conv, conv_<channels>, wrn<depth>_<widen> (depth 10, 16, 22, "
                      f"28, ...), nor of torchvision's classifiers (resnet18, ...){near}")  # fmt: skip
+
+
+def weights_of(text):
+    """torchvision's weights of a text such as "resnet18:IMAGENET1K_V1"; None where it names none."""
+    match read_model(text):
+        case "torchvision", name, weights if weights:
+            from net.vision import find_weights
+
+            return find_weights(name, weights)
+    return None
 
 
 def build_net(model, image_shape, classes, dropout, seed):
@@ -116,7 +138,7 @@ def build_net(model, image_shape, classes, dropout, seed):
 
     Args:
         model: as for `read_model`.
-        image_shape: (C, H, W).
+        image_shape: (C, H, W); (D,) where features of a frozen backbone stand in the place of images.
         classes: [T], how many classes each head tells apart.
         dropout: in [0, 1): of a wide residual network's blocks, of torchvision's dropout layers; conv has none.
         seed: of the initial weights; torch's global generator is left as it was.
@@ -130,14 +152,16 @@ def build_net(model, image_shape, classes, dropout, seed):
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would set those of GPUs too
         match read_model(model):
+            case _ if len(image_shape) == 1:
+                backbone = Features(*image_shape)
             case "conv", channels:
                 backbone = SmallConv(*image_shape, channels)
             case "wrn", depth, widen:
                 backbone = WideResNet(*image_shape, depth, widen, dropout)
-            case "torchvision", name:
+            case "torchvision", name, weights:
                 from net.vision import VisionNet
 
-                backbone = VisionNet(name, *image_shape, dropout)
+                backbone = VisionNet(name, weights, *image_shape, dropout)
         return MultiHead(backbone, classes)
 
 

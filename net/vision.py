@@ -1,9 +1,12 @@
 """The classifiers of torchvision as backbones: resnet18, mobilenet_v3_small, vit_b_16, ..."""
+import difflib
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torchvision import models, ops
 
+from net import MEAN, STD
 from net.wideresnet import Dropout
 
 SMALL = 64  # pixels up to which a residual network gets the small stem
@@ -41,6 +44,20 @@ def list_networks():
     return models.list_models(module=models)
 
 
+def find_weights(name, weights):
+    """torchvision's weights for a network; DEFAULT is those that it names so.
+
+    Raises:
+        ValueError: it has none of that name.
+    """
+    known = models.get_model_weights(name)
+    if weights not in known.__members__:
+        near = "".join(f"; did you mean {x}?" for x in difflib.get_close_matches(weights.upper(), known.__members__, 1))
+        raise ValueError(f"{name} has no weights {weights!r:.40} in torchvision, but {', '.join(known.__members__)}"
+                         f"{near}")  # fmt: skip
+    return known[weights]
+
+
 class VisionNet(nn.Module):
     """Backbone of a classifier of torchvision, freshly initialised: [B, C, H, W] -> [B, D].
 
@@ -48,8 +65,11 @@ class VisionNet(nn.Module):
     torchvision's. Grey images are taken as colour images whose three channels are equal. Residual networks on images of
     SMALL pixels or fewer begin with a 3x3 convolution of stride 1 and without pooling, as is usual in the field.
 
+    With weights the images are resized and normalised as those want them, which is then part of the network.
+
     Args:
         name: one of `list_networks`.
+        weights: a name of `find_weights`, whose values are not loaded here; None: none.
         channels, height, width: of the images.
         dropout: of every dropout layer, in [0, 1).
 
@@ -60,8 +80,14 @@ class VisionNet(nn.Module):
         ValueError: a network that cannot take such images, or has no linear head.
     """
 
-    def __init__(self, name, channels, height, width, dropout):
+    def __init__(self, name, weights, channels, height, width, dropout):
         super().__init__()
+        self.size = None
+        if weights:
+            wanted = find_weights(name, weights).transforms()
+            self.size = height = width = wanted.crop_size[0]
+            for key in ("mean", "std"):
+                self.register_buffer(key, torch.tensor(getattr(wanted, key))[:, None, None], persistent=False)
         if channels not in (1, 3):
             raise ValueError(f"model {name} needs images of 1 or 3 channels, not {channels}")
         try:
@@ -89,7 +115,11 @@ class VisionNet(nn.Module):
         self.try_images(name, channels, height, width)
 
     def forward(self, x):
-        return self.net(x.expand(-1, 3, -1, -1))
+        x = x.expand(-1, 3, -1, -1)
+        if self.size:
+            x = (x * STD + MEAN - self.mean) / self.std
+            x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True)
+        return self.net(x)
 
     @torch.no_grad()
     def try_images(self, name, channels, height, width):

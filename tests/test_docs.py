@@ -1,12 +1,14 @@
 """README.md and docs/: every command is understood, every link leads somewhere, every flag has a line, snippets run."""
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import CONV, write_yaml
 from tests.test_runs import start
 from tools.sweep import read_grid
 from utils.config import read_settings
@@ -93,12 +95,17 @@ def test_dataset_files_are_read(page, tmp_path):
 
 @pytest.mark.parametrize("page", ["networks.md", "training.md"])
 def test_hyperparameter_files_train(page, workspace):
-    """As they stand there, for two epochs, on small images."""
-    (text,) = blocks(ROOT / "docs" / page, "yaml")
-    (workspace / "hp.yaml").write_text(text)
-    start(workspace, "a", "--continual", "--num_rounds", "2", "--epochs", "2", "--val_frac", "0.2")
+    """As they stand there, for two epochs, on small images; `weights` is a learner of the file before."""
+    for i, text in enumerate(blocks(ROOT / "docs" / page, "yaml")):
+        if "mine.pt" in text:
+            write_yaml(workspace / "hp.yaml", CONV)
+            start(workspace, "my-zoo", "--continual", "--num_rounds", "2", "--save_nets")
+            shutil.copy(workspace / "runs/my-zoo/learners/001.pt", workspace / "data/mine.pt")
+        (workspace / "hp.yaml").write_text(text)
+        start(workspace, f"a{i}", "--continual", "--num_rounds", "2", "--epochs", "2", "--val_frac", "0.2")
     table = (ROOT / "docs/training.md").read_text()
-    assert set(re.findall(r"^\| `(\w+)` \|", table, re.M)) == {*RANGES, *OPTIONAL, "epochs", "schedule", "augment"}
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.M)) == {*RANGES, *OPTIONAL, "epochs", "schedule", "augment"} - {
+        "weights", "freeze"}  # fmt: skip
 
 
 def test_grid_of_the_sweep_is_read(tmp_path, monkeypatch):

@@ -5,13 +5,12 @@ from pathlib import Path
 
 import pytest
 
-import modelzoo
 from tests.conftest import flags, write_yaml
 from tests.test_runs import MAIN, start
 from utils import command as cli
 from utils import dry_run
 from utils.config import read_settings
-from utils.run import prepare
+from utils.run import plan_rounds, prepare
 
 
 def try_out(workspace, *more, method="modelzoo"):
@@ -42,7 +41,7 @@ def test_a_dry_run_by_hand(workspace, monkeypatch, capsys):
 def test_a_dry_run_of_limited_replay_and_of_a_warm_start(workspace):
     def plan(*more):
         settings = read_settings("x", "modelzoo", flags(workspace, *more))
-        return modelzoo.plan_rounds(settings, prepare(settings)[2])
+        return plan_rounds(settings, prepare(settings)[2])
 
     # a fifth of 20 rows, five times (floor(1 / 0.2)) with one past task, twice (floor(1 / 0.4)) with two
     assert plan("--continual", "--replay_frac", "0.2") == [(1, 20), (2, 40), (3, 20 + 2 * 8)]

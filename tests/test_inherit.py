@@ -20,7 +20,7 @@ from utils.command import command
 from utils.config import read_settings
 from utils.dry_run import estimate
 from utils.learner import WARM, learner_path, load_net
-from utils.run import prepare
+from utils.run import plan_rounds, prepare
 from utils.run_folder import load_tensors, save_tensors
 from utils.run_net import derive_seed, make_generator, predict_logits, train_net
 
@@ -228,7 +228,7 @@ def test_name_opening_line_and_memory_say_so(workspace, capsys):
     sizes = []
     for more in ((), ("--save_nets",)):
         settings = read_settings("x", "modelzoo", flags(workspace, *CONTINUAL, "--dry_run", *more))
-        estimate(settings, *loaded, modelzoo.plan_rounds(settings, loaded[2]))
+        estimate(settings, *loaded, plan_rounds(settings, loaded[2]))
         out = " ".join(capsys.readouterr().out.split())
         assert "Model Zoo, continual, each learner from the one before: 3 tasks" in out
         sizes.append(float(out.partition("learners' files ")[2].partition(" MB")[0]))

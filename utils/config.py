@@ -41,6 +41,8 @@ class Settings:
     label_smoothing: float
     class_weights: str | None
     best_epoch: bool
+    weights: str | None  # torchvision's name, or a file below data_dir
+    freeze: bool
     # flags
     method: str  # modelzoo, multihead, avalanche-naive, ...
     data_config: str

@@ -49,6 +49,8 @@ OPTIONAL = {
     "label_smoothing": ({"kind": float, "low": 0, "below": 1}, 0.0),
     "class_weights": ({"kind": str, "choices": ("balanced",)}, None),
     "best_epoch": ({"kind": bool}, False),
+    "weights": ({"kind": str}, None),
+    "freeze": ({"kind": bool}, False),
 }
 # What a search tries where a hyper-parameter file's `search:` says nothing else: one of some values, or a number
 # between two ends, uniformly or on a logarithmic scale.
@@ -249,14 +251,21 @@ def read_space(file):
 
 
 def _read_network(file, found):
-    """The network of a hyper-parameter file, as `build_net` takes it: `model: conv` with `width: 160` is conv_160."""
+    """The network of a hyper-parameter file, as `build_net` takes it.
+
+    `model: conv` with `width: 160` is conv_160, and `model: resnet18` with `weights: DEFAULT` resnet18:IMAGENET1K_V1.
+    """
     model = check(f"{file}: model", found["model"], str)
     if "width" in found:
         width = check(f"{file}: width", found["width"], int, 1, 9999)
         if model != "conv":
             raise ConfigError(f"{file}: width: is of model conv alone, not of {reprlib.repr(model)}")
         model += f"_{width}" * (width != 80)
-    return check_model(f"{file}: model", model)
+    weights = found.get("weights")
+    if not isinstance(weights, str) or Path(weights).suffix:  # none, or a file
+        return check_model(f"{file}: model", model)
+    check_model(f"{file}: weights", f"{model}:{weights}")
+    return ":".join(read_model(f"{model}:{weights}")[1:])
 
 
 def read_hyperparam(file, over=()):
@@ -287,10 +296,12 @@ def read_hyperparam(file, over=()):
         "augment": read("augment", True, kind=bool) and epochs > 1,
         **{key: read(key, **values) if key in found else default for key, (values, default) in OPTIONAL.items()},
     }
+    settings["augment"] = settings["augment"] and not settings["freeze"]  # features are taken once
     for wrong, line in (
         ("momentum" in found and settings["optimiser"] != "sgd", "momentum: is of optimiser sgd alone"),
         (settings["warmup"] >= epochs, f"warmup: {settings['warmup']:g} must be below the number of epochs, {epochs}"),
         (settings["lr_min"] > settings["lr"], f"lr_min: {settings['lr_min']:g} must be at most lr, {settings['lr']:g}"),
+        (settings["freeze"] and settings["weights"] is None, "freeze: needs weights, which stay as they are"),
         (settings["lr_min"] and settings["schedule"] == "constant", "lr_min: a constant schedule never comes to it"),
     ):
         if wrong:

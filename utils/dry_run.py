@@ -7,6 +7,7 @@ import torch
 from net.build_net import build_net, set_dropout_generator
 from utils.config_files import ConfigError
 from utils.log import say_folded
+from utils.pretrained import freeze_backbone
 from utils.run import count_parameters, describe, find_run
 from utils.run_folder import RunError
 from utils.run_net import derive_seed, make_generator, predict_logits, train_net
@@ -24,6 +25,8 @@ def estimate(settings, device, precision, train, test, plan):
         found, end = 0, f"the run itself would be refused: {e}"
     for line in describe(settings, device, precision, train, plan):
         say_folded(line)
+    if settings.freeze:
+        train, test, _ = freeze_backbone(settings, precision, None, train, test)
     batch, epochs = settings.batch, settings.epochs
     sizes = {size for _, rows in plan for size in (min(batch, rows), rows % batch) if size}
     most = max(n for n, _ in plan)

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from net import MEAN, STD
 from net.build_net import build_net
 from utils.config_files import ConfigError, load_yaml
 from utils.run_folder import RunError, load_tensors, load_whole, save_tensors, set_aside
-from utils.run_net import MEAN, STD
 
 COST = ("seconds", "rows_trained", "parameters")  # of a learner; a run's are the sums over its learners
 WARM = -1  # the "round" of the learner that --warm_start trains before the first round
@@ -193,6 +193,14 @@ def load_run(folder, device):
                 raise ValueError("not of the run's test rows")
             learners.append(learner)
             nets.append(learner.net and load_net(learner.net, device))
+        if settings.get("freeze"):
+            path = Path(folder) / "frozen.pt"
+            frozen = load_tensors(path, "cpu")
+            backbone = load_net(frozen, device).backbone
+            for learner, net in zip(learners, nets, strict=True):
+                if net:
+                    net.backbone = backbone
+                    learner.net["image_shape"] = frozen["image_shape"]
     except OSError as e:
         raise ConfigError(f"{path}: cannot be read ({e.strerror})") from e
     except torch.OutOfMemoryError:

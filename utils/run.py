@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 
 from datasets.build_dataset import build_dataset
-from datasets.data import checksum, find_rows, hash_rows
+from datasets.data import checksum, find_rows, hash_rows, replay_repeats
 from net.build_net import build_net
 from utils import metrics
 from utils.config_files import ConfigError, load_yaml
 from utils.device import choose_device, choose_precision, default_threads, describe_hardware
 from utils.learner import learner_path, load_run
 from utils.log import RunLog, print_result, say_folded, task_names
+from utils.pretrained import load_weights
 from utils.run_folder import (
     FREE,
     LATER,
@@ -40,7 +41,7 @@ def prepare(settings, loaded=None):
         device, precision (fp32, bf16 or fp16), and train and test, `TaskData` on the device.
 
     Raises:
-        ConfigError: no such device, or images too small for the model.
+        ConfigError: no such device, images too small for the model, or weights that are not there or not its own.
         DataError: see `build_dataset`.
     """
     device = choose_device(settings.device)
@@ -55,6 +56,8 @@ def prepare(settings, loaded=None):
     except ValueError as e:
         size = " x ".join(map(str, train.images.shape[2:]))
         raise ConfigError(f"{settings.hp_config}: {e}; those of {settings.data_config} have {size}") from e
+    if settings.weights:
+        load_weights(settings, train.images.shape[1:])
     size = (train.images.numel() + test.images.numel()) / 1e9
     with naming_memory(f"{device}: too little memory for the images, {size:.1f} GB; try --samples or --device cpu"):
         return device, precision, train.to(device), test.to(device)
@@ -91,6 +94,21 @@ def count_parameters(model, image_shape, classes, dropout):
     return sum(p.numel() for p in build_net(model, image_shape, classes, dropout, seed=0).parameters())
 
 
+def plan_rounds(settings, train):
+    """What the learners will train on, the warm start first: of each the number of its tasks and its rows in an epoch.
+
+    The rows are those of average tasks, because which tasks are drawn is not known yet.
+    """
+    num_tasks, r = len(train.classes), settings.replay_frac
+    whole = len(train.labels) / num_tasks
+    plan = [(num_tasks, len(train.labels))] * settings.warm_start
+    for k in range(settings.num_rounds):
+        n = min(settings.tasks_per_round, k + 1 if settings.continual else num_tasks)
+        past = whole if r == 1 or n == 1 else whole * r * replay_repeats(n, r)
+        plan.append((n, round(whole + (n - 1) * past)))
+    return plan
+
+
 def find_run(settings, device, precision, train, test):
     """Where the run folder is and whether this run may write it; nothing is written.
 
@@ -117,11 +135,16 @@ def describe(settings, device, precision, train, plan):
     most, epochs = max(n for n, _ in plan), settings.epochs
     parameters = count_parameters(settings.model, train.images.shape[1:], train.classes[:most], settings.dropout)
     rounds = f"{settings.num_rounds} rounds, {most} tasks per learner at most" if len(plan) > 1 else "1 learner"
+    net = f"{settings.model} with {parameters:,} parameters per learner"
+    if settings.weights:
+        net += f", from {settings.weights}"
+    if settings.freeze:
+        net = f"heads alone, on features of {settings.model} from {settings.weights}, images not augmented"
     threads = torch.get_num_threads()
     num_tasks = settings.num_rounds if settings.continual else len(train.classes)
     return [
         f"{kind}: {count(num_tasks, 'task')}, {rounds}, {sum(rows for _, rows in plan) * epochs:,} rows to "
-        f"train on ({count(epochs, 'epoch')}), {settings.model} with {parameters:,} parameters per learner",
+        f"train on ({count(epochs, 'epoch')}), {net}",
         f"{device}, {precision}, {count(threads, 'thread')}; run folder {Path(settings.out) / settings.name}",
     ]  # fmt: skip
 

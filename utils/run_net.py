@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
+from net import MEAN, STD
+
 PAD = 4  # pixels of zeros around an image before it is cropped at random
-# Of the inputs' full range, whatever the data: their own statistics would leak information about tasks not yet seen.
-MEAN, STD = 0.5, 0.25
 NORM_BATCHES = 100  # from which batch norm's statistics are averaged, at most
 
 
@@ -62,7 +62,9 @@ def sample_crops(images, flip, generator):
 
 
 def run_backbone(net, images, precision):
-    """Features [B, D] of uint8 images [B, C, H, W], computed in `precision`."""
+    """Features [B, D] of uint8 images [B, C, H, W], computed in `precision`; float features are themselves."""
+    if images.is_floating_point():
+        return images
     x = normalise(images).contiguous(memory_format=torch.channels_last)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     with torch.autocast(images.device.type, dtype) if dtype else contextlib.nullcontext():
@@ -227,7 +229,7 @@ def train_net(net, images, rows, heads, labels, *, epochs, batch, lr, l2_reg, sc
 
     Args:
         net: `MultiHead`, on the device of the data.
-        images: [N, C, H, W] uint8, all training rows.
+        images: [N, C, H, W] uint8, all training rows; or [N, D] float32, their features.
         rows: [n] int64, the rows to train on; one may stand there several times.
         heads: [n] int64, the head of each.
         labels: [n] int64, the class of each within its task.

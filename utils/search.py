@@ -3,7 +3,7 @@ from dataclasses import dataclass, fields, replace
 
 from utils.cluster import check_shares
 from utils.config import default_name, make_parser, make_settings
-from utils.config_files import check, read_space
+from utils.config_files import ConfigError, check, read_space
 
 OBJECTIVES = ("multihead", "zoo")
 ZOO_ROUNDS = 5  # of the short continual zoo that a search may train
@@ -57,5 +57,7 @@ def read_search(prog, argv=None):
         settings = replace(settings, num_rounds=min(ZOO_ROUNDS, settings.num_rounds))
     else:
         settings = make_settings("multihead", flags)
+    if settings.weights:
+        raise ConfigError(f"{settings.hp_config}: weights: a search trains from a fresh start; leave them out")
     space = read_space(settings.hp_config)
     return settings, Search(space=space, **{f.name: flags[f.name] for f in fields(Search) if f.name != "space"})
