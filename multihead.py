@@ -33,7 +33,7 @@ from utils.run_net import BadSnapshot, derive_seed, make_generator, predict_logi
 
 # What of the settings goes to `train_net` as it is.
 RECIPE = ("epochs", "batch", "lr", "l2_reg", "schedule", "augment", "optimiser", "momentum", "warmup", "lr_min",
-          "clip_norm", "label_smoothing", "best_epoch")  # fmt: skip
+          "clip_norm", "label_smoothing", "best_epoch", "capture")  # fmt: skip
 CHECKPOINT_SECONDS = 60  # between two checkpoints of a learner in training, at least
 
 

@@ -1,5 +1,4 @@
 """Augmentation against a loop over images; training against a plain loop in float64."""
-import contextlib
 import copy
 import math
 
@@ -14,7 +13,6 @@ from utils.device import choose_device, choose_precision
 from utils.run_net import (
     PAD,
     Optimiser,
-    capture_step,
     learning_rate,
     normalise,
     predict_logits,
@@ -301,67 +299,25 @@ def test_the_loss_scaler_unscales_and_skips_infinite_gradients():
     assert (p.item(), scaler.get_scale()) == (before, 4.0)
 
 
-def test_a_step_is_taken_as_it_is_three_times_then_captured_once_and_replayed(monkeypatch):
-    """The order of events, with a stand-in for CUDA; the stand-in's capture calls the step, as the real one does."""
-    events = []
-
-    class Graph:
-        def register_generator_state(self, generator):
-            events.append(("register", generator))
-
-        def replay(self):
-            events.append(("replay", static[0].tolist()))
-
-    class Stream:
-        def wait_stream(self, other):
-            pass
-
-    @contextlib.contextmanager
-    def capture(graph, stream):
-        events.append("capture")
-        yield
-        events.append("captured")
-
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", capture)
-    static = []
-
-    def step(rows):
-        static[:] = [rows]
-        events.append(("step", rows.tolist()))
-
-    call = capture_step(step, ["augment", "dropout"])
-    for k in range(6):
-        call(torch.tensor([k, k + 1]))
-    assert events == [
-        ("step", [0, 1]), ("step", [1, 2]), ("step", [2, 3]), ("register", "augment"), ("register", "dropout"),
-        "capture", ("step", [3, 4]), "captured", ("replay", [3, 4]), ("replay", [4, 5]), ("replay", [5, 6]),
-    ]  # fmt: skip
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("model", ["conv", "wrn16_4"])
 def test_captured_training_equals_uncaptured(monkeypatch, model, precision):
     """12 steps an epoch of which the last is short; dropout and augmentation draw the same numbers in a graph."""
 
-    def learn():
+    def learn(capture="auto"):
         net = build_net(model, (3, 32, 32), [3, 2], 0.2, seed=1).cuda()
         images = torch.randint(0, 256, (190, 3, 32, 32), dtype=torch.uint8, generator=generator()).cuda()
         rows = torch.arange(190, device="cuda")
         generators = {key: torch.Generator("cuda").manual_seed(3) for key in ("shuffle", "augment", "dropout")}
         set_dropout_generator(net, generators["dropout"])
-        arguments = {**TRAINING, "batch": 16, "augment": True, "flip": True, "precision": precision, "lr": 1e-3}
+        arguments = {**TRAINING, "batch": 16, "augment": True, "flip": True, "precision": precision, "lr": 1e-3, "capture": capture}
         values = [v for v, _ in train_net(net, images, rows, rows % 2, rows % 2, **arguments, generators=generators)]
         return values, [p.detach() for p in net.parameters()]
 
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     captured, net = learn()
-    monkeypatch.setattr(run_net, "capture_step", lambda step, generators: step)
-    plain, twin = learn()
+    plain, twin = learn("off")
     for a, b in zip(captured, plain, strict=True):
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-3)
     for p, q in zip(net, twin, strict=True):

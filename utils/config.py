@@ -68,6 +68,7 @@ class Settings:
     save_nets: bool = False
     tensorboard: bool = False
     dry_run: bool = False
+    capture: str = "auto"
     extend: str | None = None  # run folder whose learners this run begins with
 
 
@@ -106,6 +107,7 @@ def add_run_flags(p):
     p.add_argument("--tensorboard", action="store_true", help="also write TensorBoard events into the run folder")
     p.add_argument("--task_order", type=int, default=0, metavar="SEED",
                    help="shuffle the order of the dataset file's tasks (default: 0, as written)")
+    p.add_argument("--capture", default="auto", help="auto (a GPU's steps in a CUDA graph), off")
     p.add_argument("--threads", type=int, help="CPU threads (default: by cores and network; a resumed run's own)")
     p.add_argument("--batch", type=int, help="rows per step (default: the hyper-parameter file's)")
     p.add_argument("--lr", type=float, help="learning rate (default: the hyper-parameter file's)")
@@ -172,6 +174,8 @@ def make_settings(method, flags, kind=Settings):
     if flags.get("tensorboard") and importlib.util.find_spec("tensorboard") is None:
         raise ConfigError("--tensorboard: the package is missing; pip install tensorboard brings it")
     check("--seed", flags["seed"], int, 0, 2**63 - 1)
+    if "capture" in flags:
+        check("--capture", flags["capture"], str, choices=("auto", "off"))
     check("--precision", flags["precision"], str, choices=PRECISIONS)
     if not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9][0-9]{0,2}))?", flags["device"]):
         raise ConfigError(f"--device: {flags['device']!r} is not one of auto, cpu, cuda, cuda:0, cuda:1, ...")

@@ -19,7 +19,8 @@ from filelock import FileLock, Timeout
 from utils.config_files import OPTIONAL, ConfigError, dump_yaml, load_yaml
 
 # Settings that may change when a run is resumed: those that decide nothing, and files, which count by what they say.
-FREE = ("resume", "dry_run", "out", "name", "data_dir", "tensorboard", "extend", "data_config", "hp_config")
+FREE = ("resume", "dry_run", "out", "name", "data_dir", "tensorboard", "extend", "data_config",
+        "hp_config", "capture")  # fmt: skip
 # Settings that older runs did not record, and what they were.
 LATER = {"task_order": 0, "inherit": False, "val_frac": None, **{key: x for key, (_, x) in OPTIONAL.items()}}
 # What a file system says of a call that it does not have: those of clusters, of other systems and in memory lack some.

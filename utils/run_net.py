@@ -12,6 +12,7 @@ from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from net import MEAN, STD
+from utils.capture import can_capture, capture_step
 
 PAD = 4  # pixels of zeros around an image before it is cropped at random
 NORM_BATCHES = 100  # from which batch norm's statistics are averaged, at most
@@ -172,44 +173,6 @@ class Optimiser:
             p.grad = None
 
 
-def capture_step(step, generators, warm_up=3):
-    """Let a CUDA graph do what `step` does: a few calls as they are, then one replay a call.
-
-    A small network's step is hundreds of short kernels, and launching them one by one takes longer than running them.
-
-    Args:
-        step: a function of one tensor, the rows of a batch; all else that it reads or writes stays where it is in
-            memory, and it never waits for the device.
-        generators: CUDA generators that it draws from.
-        warm_up: calls before the capture, in which libraries choose their kernels and take their memory.
-
-    Returns:
-        A function of one tensor, always of the same shape.
-    """
-    stream, graph, rows, calls = torch.cuda.Stream(), torch.cuda.CUDAGraph(), None, 0
-
-    def call(i):
-        nonlocal rows, calls
-        calls += 1
-        if calls <= warm_up:
-            # Autograd remembers the stream that a parameter was first used on; it must not be the default one.
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                step(i)
-            torch.cuda.current_stream().wait_stream(stream)
-            return
-        if rows is None:
-            rows = i.clone()
-            for generator in generators:
-                graph.register_generator_state(generator)
-            with torch.cuda.graph(graph, stream=stream):
-                step(rows)
-        rows.copy_(i)
-        graph.replay()
-
-    return call
-
-
 def keep_freed_memory():
     """Ask glibc to keep freed memory for this process: else each step's activations come as fresh, zeroed pages."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
@@ -220,7 +183,7 @@ def keep_freed_memory():
 
 def train_net(net, images, rows, heads, labels, *, epochs, batch, lr, l2_reg, schedule, augment, flip, precision,
               generators, optimiser="sgd", momentum=0.9, warmup=0.0, lr_min=0.0, clip_norm=None, label_smoothing=0.0,
-              weights=None, validate=None, best_epoch=False, start=None, watch=None):  # fmt: skip
+              weights=None, validate=None, best_epoch=False, capture="auto", start=None, watch=None):  # fmt: skip
     """Train `net`, an epoch each time the caller asks for the next one.
 
     One update a step, on the mean of the cross entropies of the rows' own heads. Rows of all tasks are mixed and
@@ -244,6 +207,7 @@ def train_net(net, images, rows, heads, labels, *, epochs, batch, lr, l2_reg, sc
         weights: [n] float32, by which the rows' losses are multiplied (None: all 1).
         validate: a function () -> dict(val_loss, val_accuracy), called after each epoch (None: nothing is held out).
         best_epoch: end with the weights after the epoch of the highest val_accuracy, the first of several.
+        capture: auto, or off: whether a CUDA graph may do the steps; nothing else depends on it.
         start: what `snapshot` returned, its tensors on the CPU, to go on from there (None: from the beginning).
         watch: what an epoch's batches go through, (batches, loss_sum) -> batches, to show them; loss_sum is the loss
             summed over the rows so far, on the device (None: nobody watches).
@@ -303,10 +267,14 @@ def train_net(net, images, rows, heads, labels, *, epochs, batch, lr, l2_reg, sc
         loss_sum.add_(loss.detach().double() * len(i))
         correct.add_((logits.detach().argmax(1) == label).sum())
 
+    def changed():
+        """The tensors that a step changes."""
+        scale = [scaler._scale, scaler._growth_tracker] if scaler.is_enabled() else []
+        return [*net.state_dict().values(), *update.state, loss_sum, correct, *scale]
+
     take_full_step = take_step
-    # fp16's loss scale is updated by code that was not made for capture; large batches hide the launches anyway.
-    if device.type == "cuda" and precision != "fp16" and batch <= 1024:
-        take_full_step = capture_step(take_step, [generators[key] for key in ("augment", "dropout")])
+    if capture == "auto" and can_capture(device, batch):
+        take_full_step = capture_step(take_step, changed, [generators[key] for key in ("augment", "dropout")], device)
     step = first * (steps // epochs)
     for epoch in range(first, epochs):
         loss_sum.zero_()
