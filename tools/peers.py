@@ -1,4 +1,4 @@
-"""Beside other methods: Avalanche's Naive, Replay, EWC, A-GEM, LwF, DER, PackNet, PNN and joint training, as ours.
+"""Avalanche's methods under our conditions: Naive, Replay, EWC, A-GEM, LwF, DER, PackNet, PNN and joint training.
 
     python tools/peers.py naive replay ewc agem lwf der packnet pnn joint --data_config ... --hp_config ...
 
