@@ -296,7 +296,8 @@ def draw_compute(groups):
 def count_work(run):
     """Floating-point operations of a run's training: its rows, each forward and backward, by torch's counter.
 
-    Evaluation is not in it, nor what a method does beyond a step on its rows (A-GEM's second gradient, EWC's penalty).
+    Evaluation is not in it, nor what a method does beyond a step on its rows (A-GEM's second gradient, EWC's penalty,
+    PNN's passes through earlier columns).
     """
     first = (run.members or [run])[0]
     return run.cost["rows_trained"] * _count_flops(first.settings["model"], run.image_shape)

@@ -282,7 +282,8 @@ def _parse(path, result, about):
     kind = {"modelzoo": zoo, "multihead": "Multi-Head", **PEER_KINDS}[config["method"]]
     data = [config[key] for key in DATA]
     tasks = f"{size} task{'s' * (size > 1)} of {printable(Path(config['data_config']).stem)}"
-    settings = {key: value for key, value in config.items() if key not in (*APART, *DATA)}
+    unused = [key for key in peers.FLAGS if config.get(key) is None]  # runs did not record all of them at first
+    settings = {key: value for key, value in config.items() if key not in (*APART, *DATA, *unused)}
     versions = about.get("versions") or result.get("versions") or {}
     commit, hardware, torch = (printable(x or "unknown") for x in (*map(about.get, ("commit", "hardware")),
                                                                    versions.get("torch")))  # fmt: skip
