@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 DIGITS = --data_config config/dataset/rotated_digits.yaml --hp_config config/hyperparam/small.yaml --samples 20 --continual
 
-.PHONY: demo test test-kills test-cluster test-fuzz clean
+.PHONY: demo test test-kills test-cluster test-gpu test-fuzz clean
 
 demo: .venv/run
 	$(BIN)/python modelzoo.py $(DIGITS) --tasks_per_round 1 --name demo-isolated --resume
@@ -24,6 +24,10 @@ test-kills: .venv/test
 
 test-cluster: .venv/test
 	$(BIN)/python -m pytest -q -m cluster
+
+# On a machine with a GPU; ends with a few lines to paste into an issue.
+test-gpu: .venv/test
+	GPU=1 $(BIN)/python -m pytest -q -s -m gpu tests/test_gpu.py
 
 test-fuzz: .venv/test
 	FUZZ=10 $(BIN)/python -m pytest -q tests/test_fuzz.py tests/test_memory.py

@@ -6,6 +6,9 @@ import pytest
 import torch
 import yaml
 
+# Numbers here are a CPU's; `make test-gpu` sets GPU and runs the tests that are marked so.
+if "GPU" not in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # The batches here are too small to share; of runs, and of the processes that tests start, too.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)

@@ -1,4 +1,5 @@
 """Augmentation against a loop over images; training against a plain loop in float64."""
+import contextlib
 import copy
 import math
 
@@ -7,6 +8,7 @@ import torch
 
 from multihead import balance
 from net.build_net import build_net, set_dropout_generator
+from utils import device as device_file
 from utils import run_net
 from utils.config_files import ConfigError
 from utils.device import choose_device, choose_precision
@@ -195,13 +197,65 @@ def test_same_seed_same_net_and_another_seed_another(changes):
 
 
 @pytest.mark.parametrize("asked, index", [("auto", 0), ("cuda", 0), ("cuda:1", 1)])
-def test_a_cuda_device_has_an_index_and_becomes_the_current_one(monkeypatch, asked, index):
-    current = []
+def test_a_cuda_device_has_an_index_and_is_tried(monkeypatch, asked, index):
+    tried = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch._C, "_cuda_setDevice", current.append, raising=False)  # below torch's own checks
-    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
-    assert choose_device(asked) == torch.device("cuda", index) and current == [index]
+    monkeypatch.setattr(device_file, "_try_gpu", tried.append)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    assert choose_device(asked) == torch.device("cuda", index) and tried == [torch.device("cuda", index)]
+    assert torch.backends.cudnn.deterministic
+
+
+def test_no_gpu_is_there_and_why(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(ConfigError, match="torch sees 0 CUDA devices, because CUDA_VISIBLE_DEVICES is ''; cpu always"):
+        choose_device("cuda")
+    assert choose_device("auto") == torch.device("cpu")
+
+
+@pytest.mark.parametrize("capability, kernels, trouble, message", [
+    ((7, 0), ["sm_75", "sm_120", "compute_120"], None, "has compute capability 7.0, and this torch .* from 7.5 on"),
+    ((7, 5), ["sm_75", "sm_120"], None, None),
+    ((12, 0), ["sm_90a"], None, None),
+    ((9, 0), ["sm_75"], RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable\nmore"),
+     "cuda:0 cannot be used .CUDA error: all CUDA-capable devices are busy or unavailable more.; see who uses it"),
+    ((9, 0), ["sm_75"], torch.OutOfMemoryError("CUDA out of memory. Tried to"), "cannot be used .its memory is full."),
+    ((9, 0), ["sm_75"], RuntimeError("no kernel image is available"), "cannot be used .no kernel image is available."),
+])  # fmt: skip
+def test_a_gpu_that_cannot_compute_is_one_line(monkeypatch, capability, kernels, trouble, message):
+    def ones(*_, **__):
+        if trouble:
+            raise trouble
+        return torch.zeros(2)
+
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: kernels)
+    monkeypatch.setattr(torch, "ones", ones)
+    with pytest.raises(ConfigError, match=message) if message else contextlib.nullcontext():
+        device_file._try_gpu(torch.device("cuda", 0))
+
+
+def test_prediction_takes_fewer_rows_where_memory_runs_out(monkeypatch):
+    """Of 20 rows at most 6 fit: 20 are tried, then 10, then 5; with none that fit, the error is told."""
+    net, images, tried = build_net("conv", (1, 28, 28), [3, 2], 0.0, seed=1), make_training()[0], []
+    expected = predict_logits(net, images, torch.arange(20), 1, 2, "fp32")
+    original, most = run_net.forward, 6
+
+    def forward(net, images, *rest):
+        tried.append(len(images))
+        if len(images) > most:
+            raise RuntimeError("GET was unable to find an engine to execute this computation")
+        return original(net, images, *rest)
+
+    monkeypatch.setattr(run_net, "forward", forward)
+    torch.testing.assert_close(predict_logits(net, images, torch.arange(20), 1, 2, "fp32"), expected)
+    assert tried == [20, 10, 5, 5, 5, 5]
+    most = 0
+    with pytest.raises(RuntimeError, match="unable to find an engine"):
+        predict_logits(net, images, torch.arange(20), 1, 2, "fp32")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA starts here")
@@ -297,31 +351,6 @@ def test_the_loss_scaler_unscales_and_skips_infinite_gradients():
     scaler.step(optimiser)
     scaler.update()
     assert (p.item(), scaler.get_scale()) == (before, 4.0)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("model", ["conv", "wrn16_4"])
-def test_captured_training_equals_uncaptured(monkeypatch, model, precision):
-    """12 steps an epoch of which the last is short; dropout and augmentation draw the same numbers in a graph."""
-
-    def learn(capture="auto"):
-        net = build_net(model, (3, 32, 32), [3, 2], 0.2, seed=1).cuda()
-        images = torch.randint(0, 256, (190, 3, 32, 32), dtype=torch.uint8, generator=generator()).cuda()
-        rows = torch.arange(190, device="cuda")
-        generators = {key: torch.Generator("cuda").manual_seed(3) for key in ("shuffle", "augment", "dropout")}
-        set_dropout_generator(net, generators["dropout"])
-        arguments = {**TRAINING, "batch": 16, "augment": True, "flip": True, "precision": precision, "lr": 1e-3, "capture": capture}
-        values = [v for v, _ in train_net(net, images, rows, rows % 2, rows % 2, **arguments, generators=generators)]
-        return values, [p.detach() for p in net.parameters()]
-
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    captured, net = learn()
-    plain, twin = learn("off")
-    for a, b in zip(captured, plain, strict=True):
-        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-3)
-    for p, q in zip(net, twin, strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-2, atol=1e-4)
 
 
 def test_training_computes_in_the_precision_asked_for():

@@ -50,6 +50,7 @@ def measure_matrix_rate(device, precision, seconds=2.0):
     """FLOP/s of square matrix products on random data: the median of repeated products."""
     n = 8192 if device.type == "cuda" else 2048
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32  # as convolutions in float32 have it
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     times, end = [], time.perf_counter() + seconds
     while time.perf_counter() < end or len(times) < 5:
@@ -170,7 +171,7 @@ def compare_textbook(model, device, precision, repeats):
         seconds = {"ours": [], "textbook": []}
         for i in range(repeats):
             ours = ["multihead.py", "--data_config", folder / "data.yaml", "--hp_config", folder / f"{model}.yaml",
-                    "--data_dir", folder, "--out", folder / "runs", "--name", f"run{i}", "--device", device.type,
+                    "--data_dir", folder, "--out", folder / "runs", "--name", f"run{i}", "--device", device,
                     "--precision", precision]  # fmt: skip
             theirs = ["tools/bench.py", "--run_textbook", folder, "--models", model, "--device", device]
             for key, words in (("ours", ours), ("textbook", theirs)):

@@ -2,6 +2,7 @@
 import math
 import os
 import platform
+import re
 import warnings
 from pathlib import Path
 
@@ -27,10 +28,43 @@ def choose_device(device):
     device = torch.device(device)
     if device.type == "cuda":
         if (device.index or 0) >= count:
-            raise ConfigError(f"--device: {device} is not there: torch sees {count} CUDA devices; cpu always works")
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+            why = "" if visible is None else f", because CUDA_VISIBLE_DEVICES is {visible!r}"
+            raise ConfigError(f"--device: {device} is not there: torch sees {count} CUDA devices{why}; cpu always "
+                              "works")  # fmt: skip
         device = torch.device("cuda", device.index or 0)
-        torch.cuda.set_device(device)  # streams and graphs are made on the current one
+        with warnings.catch_warnings(action="ignore"):
+            _try_gpu(device)
+        torch.backends.cudnn.deterministic = True  # else a resumed run need not be the same one
     return device
+
+
+def _try_gpu(device):
+    """Make a GPU the current one, on which streams and graphs are made, and compute something on it.
+
+    Raises:
+        ConfigError: it is too old for this torch, busy, full or broken.
+    """
+    try:
+        torch.cuda.set_device(device)
+        major, minor = torch.cuda.get_device_capability(device)
+        kernels = [re.fullmatch(r"sm_(\d+)(\d)\w?", arch) for arch in torch.cuda.get_arch_list()]
+        least = min(((int(found[1]), int(found[2])) for found in kernels if found), default=(0, 0))
+        if (major, minor) < least:
+            raise ConfigError(f"--device: {device} has compute capability {major}.{minor}, and this torch "
+                              f"{torch.__version__} computes from {least[0]}.{least[1]} on; install a torch of an "
+                              "older CUDA, or take cpu")  # fmt: skip
+        torch.ones(2, device=device).sum().item()
+    except RuntimeError as e:
+        why = "its memory is full" if out_of_memory(e) else " ".join(str(e).split())[:100]
+        raise ConfigError(f"--device: {device} cannot be used ({why}); see who uses it with nvidia-smi, or take "
+                          "another one or cpu") from e  # fmt: skip
+
+
+def out_of_memory(e):
+    """Whether an exception says, in torch's or a library's words, that memory ran out on whichever device."""
+    words = ("can't allocate memory", "unable to find an engine", "ALLOC_FAILED", "out of memory")
+    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or any(word in str(e) for word in words)
 
 
 def choose_precision(precision, device):

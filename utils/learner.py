@@ -50,13 +50,13 @@ def save_learner(path, learner):
     save_tensors(path, {"tasks": list(learner.tasks), **rest, **logits})
 
 
-def make_learner(saved):
-    """The `Learner` of what `save_learner` wrote.
+def make_learner(saved, device="cpu"):
+    """The `Learner` of what `save_learner` wrote, its logits on `device`.
 
     Raises:
         KeyError, TypeError, ValueError: it was written by another program.
     """
-    logits = (tuple(saved[key]) for key in ("train_logits", "test_logits"))
+    logits = (tuple(x.to(device) for x in saved[key]) for key in ("train_logits", "test_logits"))
     return Learner(tuple(saved["tasks"]), *logits, *(saved[key] for key in (*COST, "net")))
 
 
@@ -72,13 +72,13 @@ def load_learner(path, train, test, tasks, seen, log):
         seen: [n] tensors, the rows of `train` of which it must have logits.
         log: the `RunLog`.
     """
-    saved = load_whole(path, train.images.device, log)
+    saved = load_whole(path, "cpu", log)
     if saved is None:
         return None
     shapes = {"train_logits": [(len(rows), train.classes[t]) for t, rows in zip(tasks, seen, strict=True)],
               "test_logits": [(len(test.rows(t)), test.classes[t]) for t in tasks]}  # fmt: skip
     try:
-        learner = make_learner(saved)
+        learner = make_learner(saved, train.images.device)
         found = {key: [tuple(x.shape) for x in getattr(learner, key) if x.dtype == torch.float32] for key in shapes}
         finite = all(torch.isfinite(x).all() for key in shapes for x in getattr(learner, key))
         counted = all(isinstance(getattr(learner, key), (int, float)) for key in COST)
@@ -188,11 +188,13 @@ def load_run(folder, device):
             path = learner_path(Path(folder), k)
             if not path.exists() and learners:
                 break  # the run is not finished
-            learner = make_learner(load_tensors(path, device))
+            learner = make_learner(load_tensors(path, "cpu"), device)
             if [tuple(x.shape) for x in learner.test_logits] != [shapes[t] for t in learner.tasks]:
                 raise ValueError("not of the run's test rows")
             learners.append(learner)
             nets.append(learner.net and load_net(learner.net, device))
+            if learner.net:
+                del learner.net["state"]  # the network has it
         if settings.get("freeze"):
             path = Path(folder) / "frozen.pt"
             frozen = load_tensors(path, "cpu")

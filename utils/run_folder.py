@@ -17,6 +17,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from utils.config_files import OPTIONAL, ConfigError, dump_yaml, load_yaml
+from utils.device import out_of_memory
 
 # Settings that may change when a run is resumed: those that decide nothing, and files, which count by what they say.
 FREE = ("resume", "dry_run", "out", "name", "data_dir", "tensorboard", "extend", "data_config",
@@ -38,8 +39,7 @@ def naming_memory(line):
     try:
         yield
     except (RuntimeError, MemoryError) as e:
-        # A CPU's allocator raises a plain RuntimeError.
-        if not (isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e)):
+        if not out_of_memory(e):
             raise
         size = re.search(r"allocate (\d[\d.]* \w+)", str(e))
         raise RunError(line + (f" ({size[1]} were asked for)" if size else "")) from e

@@ -13,6 +13,7 @@ from torch.optim.sgd import sgd
 
 from net import MEAN, STD
 from utils.capture import can_capture, capture_step
+from utils.device import out_of_memory
 
 PAD = 4  # pixels of zeros around an image before it is cropped at random
 NORM_BATCHES = 100  # from which batch norm's statistics are averaged, at most
@@ -307,12 +308,18 @@ def predict_logits(net, images, rows, head, num_classes, precision, most=1000):
     """Logits [n, C_t] in float32 of `rows` ([n] int64) of `images` through one head, without augmentation.
 
     `most` rows at once: with twice the batch size of training it takes less memory than training, which keeps more of a
-    row than prediction does.
+    row than prediction does. Where memory runs out all the same, half as many are tried.
     """
     net.eval()
     # A GPU wants many rows, but fewer of larger images; on a CPU more fall out of the caches and take twice as long.
     batch = max(1, min(1000, 1000 * 32 * 32 // images.shape[2:].numel())) if images.is_cuda else 128
-    out = []
-    for i in rows.split(min(batch, most)):
-        out.append(forward(net, images[i], torch.full_like(i, head), precision)[:, :num_classes])
-    return torch.cat(out)
+    batch = max(1, min(batch, most, len(rows)))
+    while True:
+        try:
+            return torch.cat([forward(net, images[i], torch.full_like(i, head), precision)[:, :num_classes]
+                              for i in rows.split(batch)])  # fmt: skip
+        except (RuntimeError, MemoryError) as e:
+            if batch == 1 or not out_of_memory(e):
+                raise
+        torch.cuda.empty_cache()  # which does nothing without a GPU
+        batch //= 2
