@@ -96,6 +96,7 @@ def graphs(monkeypatch):
 
         return count
 
+    capture._note.cache_clear()
     monkeypatch.setattr(run_net, "can_capture", lambda device, batch: True)
     monkeypatch.setattr(capture, "on_side_stream", lambda device: Holder())
     monkeypatch.setattr(capture, "record_graph", record)

@@ -60,6 +60,7 @@ def test_a_planted_wait_falls_back_to_plain_steps(gpu, capsys, monkeypatch):
         assert images.float().sum().item() >= 0
         return original(images, flip, generator)
 
+    capture._note.cache_clear()
     plain = learn(gpu, "conv", "fp32", "off")
     monkeypatch.setattr(run_net, "sample_crops", wait)
     found = learn(gpu, "conv", "fp32")

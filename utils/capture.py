@@ -60,6 +60,11 @@ def record_graph(step, generators, device):
     return graph.replay
 
 
+@functools.cache  # once, not for each learner
+def _note(why):
+    print(f"note: steps are not captured in a CUDA graph, which makes them slower: {why}", file=sys.stderr)
+
+
 def capture_step(step, state, generators, device):
     """Let a graph do what `step` does: WARM_UP calls as they are, then one replay a call.
 
@@ -106,6 +111,8 @@ def capture_step(step, state, generators, device):
                        for x, y in zip(of_found, of_expected, strict=True))  # fmt: skip
             why = "" if same else "its result is not that of the plain step"
         except RuntimeError as e:  # kept as a text alone: the exception would hold on to the step's memory
+            while e.__context__:  # what the end of a recording says is not why it ended
+                e = e.__context__
             why = " ".join(str(e).split())[:160]
         write(expected)
         return why
@@ -114,7 +121,7 @@ def capture_step(step, state, generators, device):
         nonlocal calls, replay
         calls += 1
         if WARM_UP < calls <= WARM_UP + CHECKS and (why := check(i)):
-            print(f"note: steps are not captured in a CUDA graph, which makes them slower: {why}", file=sys.stderr)
+            _note(why)
             calls, replay = WARM_UP + CHECKS, None
         elif calls > WARM_UP + CHECKS and replay:
             rows.copy_(i)
