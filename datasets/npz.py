@@ -138,6 +138,21 @@ def _check_labels(path, split, n, labels, num_labels):
     return torch.from_numpy(labels.astype(np.int64))
 
 
+def load_class_names(path):
+    """The names of the classes by label, `class_names` [C] in an npz file; None where it has none."""
+    with zipfile.ZipFile(path) as file:  # `load_npz` has read it
+        if "class_names.npy" not in file.namelist():
+            return None
+    with _open_array(path, "class_names") as (shape, dtype, _, stream):
+        if dtype.kind != "U" or len(shape) != 1:
+            raise DataError(f"{path}: class_names must be texts [C], not {dtype} {list(shape)}")
+        names = np.frombuffer(stream.read(), dtype).tolist()
+    odd = next((name for name in names if not name.isprintable()), None)
+    if odd is not None:
+        raise DataError(f"{path}: class_names: {odd!r:.60} cannot be printed on one line")
+    return names
+
+
 def load_or_download(name, torchvision_class, files, data_dir, shape, num_labels):
     """Read `<data_dir>/<name>.npz`; where there is none, let torchvision read or download its files and leave one.
 
@@ -185,12 +200,19 @@ def load_or_download(name, torchvision_class, files, data_dir, shape, num_labels
         images = arrays[f"{split}_images"].reshape(-1, *shape).transpose(0, 3, 1, 2)
         labels = _check_labels(cache, split, len(images), arrays[f"{split}_labels"], num_labels)
         splits.append((torch.from_numpy(np.ascontiguousarray(images)), labels))
+    leave_cache(cache, arrays)
+    return tuple(splits)
+
+
+def leave_cache(cache, arrays):
+    """Write `arrays` to the npz file `cache`, whole or not at all; whether the folder let it."""
     part = cache.with_suffix(f".{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
             np.savez(file, **arrays)
         os.replace(part, cache)
+        return True
     except OSError:  # a shared folder that is read-only: the files that were read stay what is read
         with contextlib.suppress(OSError):
             part.unlink()
-    return tuple(splits)
+        return False

@@ -18,7 +18,7 @@ from utils.log import first_seen, task_names
 from utils.run_folder import FREE, load_tensors
 
 APART = (*FREE, "save_nets", "threads", "seed", "task_order", "names")  # settings that may differ within a group
-DATA = ("dataset", "path", "size", "tasks")  # one setting here: which tasks
+DATA = ("dataset", "keywords", "path", "size", "tasks")  # one setting here: which tasks
 SHAPES = {"cifar100": (3, 32, 32), "cifar10": (3, 32, 32), "mini_imagenet": (3, 84, 84)} | dict.fromkeys(
     ("mnist", "rotated_mnist", "permuted_mnist", "digits", "rotated_digits"), (1, 28, 28))  # fmt: skip
 # They mean nothing for other kinds.
@@ -253,7 +253,7 @@ def _parse(path, result, about):
         return isinstance(x, (int, float)) and not isinstance(x, bool) and 0 <= x <= high
 
     config, matrix, rounds, classes = (result[key] for key in ("config", "accuracy_matrix", "rounds", "classes"))
-    config = {"inherit": False, **config}  # which runs did not record at first
+    config = {"inherit": False, "keywords": None, "flip": None, **config}  # which runs did not record at first
     continual, size = config["continual"], len(classes)
     seen = [k + 1 if continual else size for k in range(len(rounds))]
     cost = {"networks": (sum(len(r["tasks"]) for r in rounds) + size * config["warm_start"]) / max(size, 1)}
