@@ -59,7 +59,7 @@ def load_splits(dataset, tasks, data_dir, path=None, size=None, keywords=None):
         case "image_folder":
             from datasets.folder import load_image_folder
 
-            splits, tasks, names = load_image_folder(_inside(data_dir, path), tasks, size)
+            splits, tasks, names = load_image_folder(_inside(data_dir, path), tasks, size, data_dir)
         case "torchvision":
             from datasets.vision import load_vision
 
