@@ -58,7 +58,7 @@ def load_image_folder(path, tasks, size, data_dir):
         loaded.append((images, torch.tensor(labels).repeat_interleave(counts)))
     if passed_over:
         print(f"{path}: {len(passed_over)} files that are no images were passed over, such as "
-              f"{ascii(str(passed_over[0]))[1:-1]}", file=sys.stderr)  # fmt: skip
+              f"{ascii(passed_over[0])[1:-1]}", file=sys.stderr)  # fmt: skip
     return tuple(loaded), indices, names
 
 
@@ -67,6 +67,8 @@ def visible(name):
 
     File systems and keyboards write one and the same name in different ways: macOS stores é as e and an accent.
     """
+    if name.isascii() and name.isprintable():
+        return " ".join(name.split())
     name = "".join(" " if c.isspace() else c for c in name if unicodedata.category(c) != "Cf")
     return " ".join(unicodedata.normalize("NFC", name).split())
 
@@ -110,7 +112,7 @@ class FolderImages:
 
     Args:
         split: the folder below which the files lie.
-        files: their paths.
+        files: their paths, texts that begin with `split`.
         size: side in pixels that every image is resized to (bilinear).
         caches: where a cache may be; it is written to the first place that lets it.
 
@@ -131,7 +133,7 @@ class FolderImages:
             places.setdefault(row, i)
         with contextlib.ExitStack() as stack:
             kept = self._open_caches(stack)
-            keys = {row: _key(self.split, str(self.files[row].relative_to(self.split))) for row in places}
+            keys = {row: _key(self.split, self.files[row].removeprefix(f"{self.split}{os.sep}")) for row in places}
             missing = [row for row in places if keys[row] not in kept]
             for row, place in places.items():
                 if keys[row] in kept:
@@ -203,7 +205,7 @@ def _key(split, name):
     None where there is no such file.
     """
     try:
-        about = os.stat(split / name)
+        about = os.stat(os.path.join(split, name))
     except (OSError, ValueError):
         return None
     return name, about.st_size, about.st_mtime_ns
@@ -226,7 +228,7 @@ def _image_files(folder, passed_over):
     readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     found = []
     for file in _files(folder):
-        if file.suffix.lower() in readable | {".heic", ".heif"} or is_image(file):
+        if os.path.splitext(file)[1].lower() in readable | {".heic", ".heif"} or is_image(file):
             found.append(file)
         else:
             passed_over.append(file)
@@ -240,5 +242,5 @@ def _files(folder):
     found = []
     for root, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(root) / name for name in files if not name.startswith(".")]
-    return sorted(found, key=lambda p: (visible(str(p.relative_to(folder))), p))
+        found += [os.path.join(root, name) for name in files if not name.startswith(".")]
+    return sorted(found, key=lambda file: (visible(file.removeprefix(f"{folder}{os.sep}")), file))
