@@ -201,7 +201,8 @@ def read_all(read, n, what):
     parts = [range(first, min(first + PART, n)) for first in range(0, n, PART)]
     pool = ThreadPoolExecutor(torch.get_num_threads())
     try:
-        with tqdm(total=n, desc=what, unit=" images", leave=False, disable=None) as bar:
+        bar = tqdm(total=n, desc=what, unit=" images", leave=False, disable=None)
+        with bar, warnings.catch_warnings(action="ignore"):  # see `load_image`; in the threads it would be too late
             for count in pool.map(read_part, parts):
                 bar.update(count)
     finally:
@@ -286,13 +287,18 @@ def load_image(file, shape):
     Raises:
         Damaged: not an image, or of more than 16 bits per channel.
     """
+    with warnings.catch_warnings(action="ignore"):  # Pillow warns of large images and of odd metadata
+        return decode_image(file, shape)
+
+
+def decode_image(file, shape):
+    """`load_image` for a thread of `read_all`: Pillow's warnings are left alone, for they are one matter of all."""
     channels, height, width = shape
     try:
-        with warnings.catch_warnings(action="ignore"):  # Pillow warns of large images and of odd metadata
-            with contextlib.nullcontext(file) if isinstance(file, Image.Image) else Image.open(file) as image:
-                image.load()
-                image = _as_shown(image).convert("RGB" if channels == 3 else "L")
-            image = image.resize((width, height), Image.Resampling.BILINEAR)
+        with contextlib.nullcontext(file) if isinstance(file, Image.Image) else Image.open(file) as image:
+            image.load()
+            image = _as_shown(image).convert("RGB" if channels == 3 else "L")
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
     except MemoryError:
         raise
     except Exception as e:  # Pillow's readers raise nearly anything on a damaged file

@@ -13,7 +13,7 @@ from urllib.parse import quote
 import torch
 from PIL import Image
 
-from datasets.data import DataError, allocate, is_image, load_image, read_all
+from datasets.data import DataError, allocate, decode_image, is_image, read_all
 
 
 def load_image_folder(path, tasks, size, data_dir):
@@ -141,7 +141,7 @@ class FolderImages:
 
             def decode(i):
                 row = missing[i]
-                images[places[row]] = load_image(self.files[row], (c, h, w)).transpose(2, 0, 1)
+                images[places[row]] = decode_image(self.files[row], (c, h, w)).transpose(2, 0, 1)
 
             read_all(decode, len(missing), f"{self.split.name}: images")
             if missing:

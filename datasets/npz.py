@@ -108,20 +108,37 @@ def load_npz(path, shape=None, num_labels=None):
     Raises:
         DataError: missing, damaged, or not of these shapes and types.
     """
-    splits = []
-    for split in ("train", "test"):
-        images = NpzImages(path, f"{split}_images")
-        n, c, h, w = images.shape
-        if shape is not None and (h, w, c) != shape:
-            raise DataError(f"{path}: {split}_images must be {list(shape)} each, not {[h, w, c]}")
-        with _open_array(path, f"{split}_labels") as (found, dtype, _, stream):
-            if dtype.hasobject:
-                raise ValueError(f"{split}_labels holds objects of Python, which are not read")
-            labels = np.frombuffer(stream.read(), dtype).reshape(found)
-        splits.append((images, _check_labels(path, split, n, labels, num_labels)))
+    splits = tuple(_load_split(path, split, shape, num_labels) for split in ("train", "test"))
     if splits[0][0].shape[1:] != splits[1][0].shape[1:]:
         raise DataError(f"{path}: train_images and test_images are not of one size")
-    return tuple(splits)
+    return splits
+
+
+def load_val(path):
+    """(images, labels) of val_images and val_labels, as of `load_npz`; None where the file has none.
+
+    MedMNIST's files have them: rows that are neither trained nor tested on.
+    """
+    with zipfile.ZipFile(path) as file:  # `load_npz` has read it
+        if "val_images.npy" not in file.namelist():
+            return None
+    images, labels = _load_split(path, "val")
+    if images.shape[1:] != NpzImages(path, "train_images").shape[1:]:
+        raise DataError(f"{path}: train_images and val_images are not of one size")
+    return images, labels
+
+
+def _load_split(path, split, shape=None, num_labels=None):
+    """(images, labels) of one split; arguments and errors as of `load_npz`."""
+    images = NpzImages(path, f"{split}_images")
+    n, c, h, w = images.shape
+    if shape is not None and (h, w, c) != shape:
+        raise DataError(f"{path}: {split}_images must be {list(shape)} each, not {[h, w, c]}")
+    with _open_array(path, f"{split}_labels") as (found, dtype, _, stream):
+        if dtype.hasobject:
+            raise ValueError(f"{split}_labels holds objects of Python, which are not read")
+        labels = np.frombuffer(stream.read(), dtype).reshape(found)
+    return images, _check_labels(path, split, n, labels, num_labels)
 
 
 def _check_labels(path, split, n, labels, num_labels):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from datasets.data import Damaged, DataError, allocate, load_image, read_all
+from datasets.data import Damaged, DataError, allocate, decode_image, read_all
 from datasets.npz import leave_cache, load_class_names, load_npz
 
 # Those whose test split is called otherwise, or comes without labels.
@@ -196,7 +196,7 @@ def read_rows(name, rows, size=None, shape=None):
             image, label = rows[i]
         except MemoryError:
             raise
-        except Exception as e:  # see `load_image`
+        except Exception as e:  # see `decode_image`
             why = " ".join(str(e).split())[:120]
             raise Damaged(f"{name}, image {i} (counted from 0): not a readable image ({why})") from e
         if not isinstance(image, Image.Image) or not hasattr(label, "__index__") or label < 0:
@@ -204,7 +204,7 @@ def read_rows(name, rows, size=None, shape=None):
         if size is None and (image.height, image.width) != (h, w):
             raise DataError(f"{name}: its images differ in size ({w} x {h}, {image.width} x {image.height}): "
                             "write size: 64, or another side in pixels, into the dataset file")  # fmt: skip
-        images[i], labels[i] = load_image(image, (c, h, w)), label
+        images[i], labels[i] = decode_image(image, (c, h, w)), label
 
     read_all(read, len(rows), name)
     return images, labels

@@ -3,6 +3,7 @@ import io
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from datasets import data, folder
 from datasets.build_dataset import build_dataset
-from datasets.data import Damaged, DataError, read_all
+from datasets.data import Damaged, DataError, load_image, read_all
 from utils.run_net import make_generator
 
 TASKS = [("ant", "bee"), ("bee", "cat")]
@@ -34,13 +35,13 @@ def pets(tmp_path):
 @pytest.fixture
 def decoded(monkeypatch):
     """The files that were decoded, by name below the folder; the list is emptied by its reader."""
-    files, load_image = [], folder.load_image
+    files, decode_image = [], folder.decode_image
 
     def load(file, shape):
         files.append("/".join(Path(file).parts[-3:]))
-        return load_image(file, shape)
+        return decode_image(file, shape)
 
-    monkeypatch.setattr(folder, "load_image", load)
+    monkeypatch.setattr(folder, "decode_image", load)
     return files
 
 
@@ -187,6 +188,21 @@ def test_a_cache_that_breaks_while_it_is_read_ends_in_one_line(pets, decoded, mo
         folder.FolderImages(pets / "train", files, 16, [cache])[torch.arange(12)]
 
 
+def test_several_threads_read_the_same_and_leave_the_warnings_as_they_were(pets, decoded, monkeypatch):
+    """Threads that each set the one filter of the process, and set it back in another order, left it changed."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(data, "PART", 1)
+    for c in range(3):
+        for j in range(4, 40):
+            Image.new("RGB", (300, 300), (80 * c, j, 7)).save(pets / "train" / ("ant", "bee", "cat")[c] / f"{j}.png")
+    before = list(warnings.filters)
+    pixels, count = read(pets, decoded)
+    assert count == 3 * 40 + 6 and warnings.filters == before
+    order = sorted(range(40), key=str)
+    assert pixels == [[80 * c, j if j >= 4 else 10 * j] for c in (0, 1, 1, 2) for j in order]
+    assert read(pets, decoded) == (pixels, 0)
+
+
 def test_what_is_read_from_a_cache_equals_what_was_decoded(tmp_path):
     """Photographs: every pixel random, of several sizes."""
     random = np.random.default_rng(0)
@@ -199,5 +215,5 @@ def test_what_is_read_from_a_cache_equals_what_was_decoded(tmp_path):
     first, second = (build(tmp_path / "p", [("b", "a")]) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         assert a.images.equal(b.images) and a.labels.equal(b.labels)
-    slowly = [folder.load_image(tmp_path / f"p/train/{c}/{j}.jpg", (3, 16, 16)) for c in "ba" for j in range(9)]
+    slowly = [load_image(tmp_path / f"p/train/{c}/{j}.jpg", (3, 16, 16)) for c in "ba" for j in range(9)]
     assert np.array_equal(second[0].images.permute(0, 2, 3, 1), slowly)
