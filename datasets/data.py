@@ -214,16 +214,6 @@ def read_all(read, n, what):
         raise DataError(first + more)
 
 
-def allocate(shape, what):
-    """An empty uint8 tensor; where memory does not suffice, a `DataError` that says for `what`, and how much."""
-    try:
-        return torch.empty(shape, dtype=torch.uint8)
-    except (RuntimeError, MemoryError) as e:
-        size = " x ".join(map(str, shape[1:]))
-        raise DataError(f"{what} of {size} take {math.prod(shape) / 1e9:.1f} GB, more than there is memory for; "
-                        "try --samples, fewer tasks or smaller images") from e  # fmt: skip
-
-
 def make_images(images, shape):
     """New images as the networks take them.
 

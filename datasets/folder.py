@@ -13,7 +13,8 @@ from urllib.parse import quote
 import torch
 from PIL import Image
 
-from datasets.data import DataError, allocate, decode_image, is_image, read_all
+from datasets.data import DataError, decode_image, is_image, read_all
+from datasets.memory import allocate
 
 
 def load_image_folder(path, tasks, size, data_dir):
@@ -127,7 +128,7 @@ class FolderImages:
     def __getitem__(self, rows):
         """uint8 [n, 3, size, size] of `rows`, [n] int64; a `DataError` that counts the files that cannot be read."""
         _, c, h, w = self.shape
-        images = allocate((len(rows), c, h, w), f"{len(rows):,} images").numpy()
+        images = allocate((len(rows), c, h, w), f"{self.split}: {len(rows):,} images", self.caches[-1].parent).numpy()
         places = {}  # of a row in `images`, the first one where it stands there twice
         for i, row in enumerate(rows.tolist()):
             places.setdefault(row, i)

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from datasets.data import DataError, allocate
+from datasets.data import DataError
+from datasets.memory import allocate
 
 NPZ_KEYS = [f"{split}_{what}" for split in ("train", "test") for what in ("images", "labels")]
 CHUNK = 1024  # rows of a file that are in memory at once
@@ -44,7 +45,8 @@ class NpzImages:
         """uint8 [n, C, H, W] of `rows`, [n] int64 in any order; a `DataError` where the file is damaged."""
         n, c, h, w = self.shape
         rows = np.asarray(rows)
-        images = allocate((len(rows), c, h, w), f"{self.path}: {len(rows):,} of {n:,} {self.key}")
+        what = f"{self.path}: {len(rows):,} of {n:,} {self.key}"
+        images = allocate((len(rows), c, h, w), what, Path(self.path).parent)
         order = np.argsort(rows, kind="stable")
         ascending = rows[order]
         with _open_array(self.path, self.key) as (shape, _, _, stream):

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from datasets.data import Damaged, DataError, allocate, decode_image, read_all
+from datasets.data import Damaged, DataError, decode_image, read_all
+from datasets.memory import allocate
 from datasets.npz import leave_cache, load_class_names, load_npz
 
 # Those whose test split is called otherwise, or comes without labels.
@@ -52,7 +53,7 @@ def load_vision(keywords, data_dir, size=None):
     arrays, shape = {}, None
     for split, choice in zip(("train", "test"), chosen, strict=True):
         rows = _make(make, dict(options) | choice, data_dir, cache)
-        images, labels = read_rows(name, rows, size, shape)
+        images, labels = read_rows(name, rows, data_dir, size, shape)
         shape, arrays[f"{split}_images"], arrays[f"{split}_labels"] = images.shape[1:], images, labels
     binary = dict(options).get("target_types") == "binary-category"  # of OxfordIIITPet, which has names for both
     names = getattr(rows, "bin_classes" if binary else "classes", None)
@@ -166,12 +167,13 @@ def _remove_empty(root, known):
             root.rmdir()
 
 
-def read_rows(name, rows, size=None, shape=None):
+def read_rows(name, rows, data_dir, size=None, shape=None):
     """All images and labels of a split.
 
     Args:
         name: of the dataset.
         rows: gives (Pillow image, label) of each of its `len`.
+        data_dir: where images that do not fit into memory may lie.
         size: side in pixels (None: that of the first image, which all must have).
         shape: (H, W, C) that the images must have (None: those of the first image, C = 1 if that is grey).
 
@@ -189,7 +191,8 @@ def read_rows(name, rows, size=None, shape=None):
             raise DataError(f"{name}: torchvision gives no images of it")
         shape = (size or image.height, size or image.width, 1 if image.mode in ("1", "L") else 3)
     h, w, c = shape
-    images, labels = allocate((len(rows), h, w, c), f"{name}: images").numpy(), np.empty(len(rows), np.int64)
+    images = allocate((len(rows), h, w, c), f"{name}: {len(rows):,} images", data_dir).numpy()
+    labels = np.empty(len(rows), np.int64)
 
     def read(i):
         try:
