@@ -16,7 +16,7 @@ demo: .venv/run
 
 test: .venv/test
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -q -n auto --dist loadfile
+	$(BIN)/python -m pytest -q -n auto --dist worksteal
 
 # Longer: 50 kills at random moments; a Ray cluster of two nodes; ten times the cases of the fuzz tests.
 test-kills: .venv/test

@@ -15,7 +15,7 @@ from datasets.npz import load_npz
 PHOTOGRAPHS = ("cifar10", "cifar100", "mini_imagenet", "image_folder")  # a mirrored one still shows its class
 
 
-def load_splits(dataset, tasks, data_dir, path=None, size=None):
+def load_splits(dataset, tasks, data_dir, path=None, size=None, keywords=None):
     """Load the rows that a dataset's tasks are cut from; no seed and no `samples` has a part in it.
 
     Args:
@@ -23,7 +23,8 @@ def load_splits(dataset, tasks, data_dir, path=None, size=None):
         tasks: source labels of each task.
         data_dir: where the data lie or are downloaded to.
         path: of npz and image_folder, below data_dir.
-        size: of image_folder, side in pixels.
+        size: of image_folder and torchvision, side in pixels.
+        keywords: of torchvision, see `load_vision`.
 
     Returns:
         splits: (train_images, train_labels), (test_images, test_labels): uint8 [N, C, H, W] and int64 [N]. Images of
@@ -58,20 +59,26 @@ def load_splits(dataset, tasks, data_dir, path=None, size=None):
         case "image_folder":
             from datasets.folder import load_image_folder
 
-            splits, tasks, names = load_image_folder(inside(data_dir, path), tasks, size)
+            splits, tasks, names = load_image_folder(inside(data_dir, path), tasks, size, data_dir)
+        case "torchvision":
+            from datasets.vision import load_vision
+
+            splits, names = load_vision(keywords, data_dir, size)
         case _:
             raise DataError(f"no dataset is called {dataset}")
     return splits, tasks, names
 
 
-def build_dataset(dataset, tasks, data_dir, generator, samples=None, path=None, size=None, loaded=None):
+def build_dataset(dataset, tasks, data_dir, generator, samples=None, path=None, size=None, loaded=None,
+                  keywords=None, flip=None):
     """Load a dataset and cut it into tasks.
 
     Args:
-        dataset, tasks, data_dir, path, size: see `load_splits`.
+        dataset, tasks, data_dir, path, size, keywords: see `load_splits`.
         generator: chooses the `samples` and the random labels of noisy classes.
         samples: training rows a class at most (None: all); test rows are never thinned.
         loaded: what `load_splits` gave, where the caller has it already (None: load it).
+        flip: whether a mirrored image still shows its class (None: it does in photographs and image folders).
 
     Returns:
         train, test: `TaskData` on the CPU.
@@ -79,18 +86,22 @@ def build_dataset(dataset, tasks, data_dir, generator, samples=None, path=None, 
     Raises:
         DataError: data missing, damaged or without one of the labels.
     """
-    splits, tasks, names = loaded or load_splits(dataset, tasks, data_dir, path, size)
+    splits, tasks, names = loaded or load_splits(dataset, tasks, data_dir, path, size, keywords)
     noisy_from = NOISY if dataset == "cifar100" else None
-    flip = dataset in PHOTOGRAPHS
-    name = names.__getitem__ if names else str
+    flip = dataset in PHOTOGRAPHS if flip is None else flip
+    names = dict(enumerate(names or ()))
     (train_images, train_labels), (test_images, test_labels) = splits
+
+    def name_of(label):
+        return names.get(label, str(label))
+
     try:
         split = "training"
-        train = make_tasks(train_images, train_labels, tasks, flip, samples, noisy_from, generator, name)
+        train = make_tasks(train_images, train_labels, tasks, flip, samples, noisy_from, generator, name_of)
         split = "test"
-        return train, make_tasks(test_images, test_labels, tasks, flip, name=name)
+        return train, make_tasks(test_images, test_labels, tasks, flip, name=name_of)
     except NoRows as e:
-        raise DataError(f"{path or dataset}: {e} among the {split} images") from e
+        raise DataError(f"{path or dict(keywords or ()).get('name', dataset)}: {e} among the {split} images") from e
 
 
 def load_whole(*data):

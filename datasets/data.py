@@ -6,6 +6,7 @@ import itertools
 import math
 import os
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -13,10 +14,17 @@ import numpy as np
 import torch
 from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
+from tqdm import tqdm
+
+PART = 16  # images that a thread reads before it says so
 
 
 class DataError(Exception):
     """Data that are missing, damaged or of the wrong shape, told in one line that names the file."""
+
+
+class Damaged(DataError):
+    """An image that cannot be read, among others that may be; the line opens with the file and a colon."""
 
 
 class NoRows(DataError):
@@ -169,14 +177,43 @@ def replay_repeats(num_tasks, replay_frac):
     return max(math.floor(1 / ((num_tasks - 1) * Fraction(repr(replay_frac)))), 1)
 
 
-def allocate(shape, what):
-    """An empty uint8 tensor; where memory does not suffice, a `DataError` that says for `what`, and how much."""
+def read_all(read, n, what):
+    """Call read(0) to read(n - 1), each of which reads an image: as many at once as the run has threads.
+
+    Pillow lets other threads run while it decodes. On a terminal a bar shows how far it is.
+
+    Args:
+        read: takes a number; where it raises `Damaged` the others are read all the same.
+        n: how many there are.
+        what: is read, for the bar.
+
+    Raises:
+        DataError: the first damaged one, with the count of the others and some of their names.
+    """
+    errors = {}
+
+    def read_part(part):
+        for i in part:
+            try:
+                read(i)
+            except Damaged as e:
+                errors[i] = str(e)
+        return len(part)
+
+    parts = [range(first, min(first + PART, n)) for first in range(0, n, PART)]
+    pool = ThreadPoolExecutor(torch.get_num_threads())
     try:
-        return torch.empty(shape, dtype=torch.uint8)
-    except (RuntimeError, MemoryError) as e:
-        size = " x ".join(map(str, shape[1:]))
-        raise DataError(f"{what} of {size} take {math.prod(shape) / 1e9:.1f} GB, more than there is memory for; "
-                        "try --samples, fewer tasks or smaller images") from e  # fmt: skip
+        bar = tqdm(total=n, desc=what, unit=" images", leave=False, disable=None)
+        with bar, warnings.catch_warnings(action="ignore"):  # see `load_image`; in the threads it would be too late
+            for count in pool.map(read_part, parts):
+                bar.update(count)
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C waits for a part, not for all
+    if errors:
+        first, *others = [errors[i] for i in sorted(errors)]
+        some = ", ".join(line.partition(": ")[0] for line in others[:3])
+        more = f"; nor are {len(others):,} more: {some}{', ...' * (len(others) > 3)}" if others else ""
+        raise DataError(first + more)
 
 
 def make_images(images, shape):
@@ -240,20 +277,25 @@ def load_image(file, shape):
         shape: (C, H, W), C 1 or 3.
 
     Raises:
-        DataError: not an image, or of more than 16 bits per channel.
+        Damaged: not an image, or of more than 16 bits per channel.
     """
+    with warnings.catch_warnings(action="ignore"):  # Pillow warns of large images and of odd metadata
+        return decode_image(file, shape)
+
+
+def decode_image(file, shape):
+    """`load_image` for a thread of `read_all`: Pillow's warnings are left alone, for they are one matter of all."""
     channels, height, width = shape
     try:
-        with warnings.catch_warnings(action="ignore"):  # Pillow warns of large images and of odd metadata
-            with contextlib.nullcontext(file) if isinstance(file, Image.Image) else Image.open(file) as image:
-                image.load()
-                image = _as_shown(image).convert("RGB" if channels == 3 else "L")
-            image = image.resize((width, height), Image.Resampling.BILINEAR)
+        with contextlib.nullcontext(file) if isinstance(file, Image.Image) else Image.open(file) as image:
+            image.load()
+            image = _as_shown(image).convert("RGB" if channels == 3 else "L")
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
     except MemoryError:
         raise
     except Exception as e:  # Pillow's readers raise nearly anything on a damaged file
         why = " ".join(str(e).split())[:120]
-        raise DataError(f"{file}: not a readable image ({why}); PNG and JPEG always are") from e
+        raise Damaged(f"{file}: not a readable image ({why}); PNG and JPEG always are") from e
     return np.asarray(image).reshape(height, width, channels)
 
 

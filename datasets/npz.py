@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from datasets.data import DataError, allocate
+from datasets.data import DataError
+from datasets.memory import allocate
 
 NPZ_KEYS = [f"{split}_{what}" for split in ("train", "test") for what in ("images", "labels")]
 CHUNK = 1024  # rows of a file that are in memory at once
@@ -44,7 +45,8 @@ class NpzImages:
         """uint8 [n, C, H, W] of `rows`, [n] int64 in any order; a `DataError` where the file is damaged."""
         n, c, h, w = self.shape
         rows = np.asarray(rows)
-        images = allocate((len(rows), c, h, w), f"{self.path}: {len(rows):,} of {n:,} {self.key}")
+        what = f"{self.path}: {len(rows):,} of {n:,} {self.key}"
+        images = allocate((len(rows), c, h, w), what, Path(self.path).parent)
         order = np.argsort(rows, kind="stable")
         ascending = rows[order]
         with _open_array(self.path, self.key) as (shape, _, _, stream):
@@ -108,20 +110,37 @@ def load_npz(path, shape=None, num_labels=None):
     Raises:
         DataError: missing, damaged, or not of these shapes and types.
     """
-    splits = []
-    for split in ("train", "test"):
-        images = NpzImages(path, f"{split}_images")
-        n, c, h, w = images.shape
-        if shape is not None and (h, w, c) != shape:
-            raise DataError(f"{path}: {split}_images must be {list(shape)} each, not {[h, w, c]}")
-        with _open_array(path, f"{split}_labels") as (found, dtype, _, stream):
-            if dtype.hasobject:
-                raise ValueError(f"{split}_labels holds objects of Python, which are not read")
-            labels = np.frombuffer(stream.read(), dtype).reshape(found)
-        splits.append((images, _check_labels(path, split, n, labels, num_labels)))
+    splits = tuple(_load_split(path, split, shape, num_labels) for split in ("train", "test"))
     if splits[0][0].shape[1:] != splits[1][0].shape[1:]:
         raise DataError(f"{path}: train_images and test_images are not of one size")
-    return tuple(splits)
+    return splits
+
+
+def load_val(path):
+    """(images, labels) of val_images and val_labels, as of `load_npz`; None where the file has none.
+
+    MedMNIST's files have them: rows that are neither trained nor tested on.
+    """
+    with zipfile.ZipFile(path) as file:  # `load_npz` has read it
+        if "val_images.npy" not in file.namelist():
+            return None
+    images, labels = _load_split(path, "val")
+    if images.shape[1:] != NpzImages(path, "train_images").shape[1:]:
+        raise DataError(f"{path}: train_images and val_images are not of one size")
+    return images, labels
+
+
+def _load_split(path, split, shape=None, num_labels=None):
+    """(images, labels) of one split; arguments and errors as of `load_npz`."""
+    images = NpzImages(path, f"{split}_images")
+    n, c, h, w = images.shape
+    if shape is not None and (h, w, c) != shape:
+        raise DataError(f"{path}: {split}_images must be {list(shape)} each, not {[h, w, c]}")
+    with _open_array(path, f"{split}_labels") as (found, dtype, _, stream):
+        if dtype.hasobject:
+            raise ValueError(f"{split}_labels holds objects of Python, which are not read")
+        labels = np.frombuffer(stream.read(), dtype).reshape(found)
+    return images, _check_labels(path, split, n, labels, num_labels)
 
 
 def _check_labels(path, split, n, labels, num_labels):
@@ -136,6 +155,21 @@ def _check_labels(path, split, n, labels, num_labels):
         raise DataError(f"{path}: {split}_labels must lie in 0 .. {(num_labels or 2**31) - 1}, "
                         f"not {labels.min()} .. {labels.max()}")  # fmt: skip
     return torch.from_numpy(labels.astype(np.int64))
+
+
+def load_class_names(path):
+    """The names of the classes by label, `class_names` [C] in an npz file; None where it has none."""
+    with zipfile.ZipFile(path) as file:  # `load_npz` has read it
+        if "class_names.npy" not in file.namelist():
+            return None
+    with _open_array(path, "class_names") as (shape, dtype, _, stream):
+        if dtype.kind != "U" or len(shape) != 1:
+            raise DataError(f"{path}: class_names must be texts [C], not {dtype} {list(shape)}")
+        names = np.frombuffer(stream.read(), dtype).tolist()
+    odd = next((name for name in names if not name.isprintable()), None)
+    if odd is not None:
+        raise DataError(f"{path}: class_names: {odd!r:.60} cannot be printed on one line")
+    return names
 
 
 def load_or_download(name, torchvision_class, files, data_dir, shape, num_labels):
@@ -185,12 +219,19 @@ def load_or_download(name, torchvision_class, files, data_dir, shape, num_labels
         images = arrays[f"{split}_images"].reshape(-1, *shape).transpose(0, 3, 1, 2)
         labels = _check_labels(cache, split, len(images), arrays[f"{split}_labels"], num_labels)
         splits.append((torch.from_numpy(np.ascontiguousarray(images)), labels))
+    leave_cache(cache, arrays)
+    return tuple(splits)
+
+
+def leave_cache(cache, arrays):
+    """Write `arrays` to the npz file `cache`, whole or not at all; whether the folder let it."""
     part = cache.with_suffix(f".{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
             np.savez(file, **arrays)
         os.replace(part, cache)
+        return True
     except OSError:  # a shared folder that is read-only: the files that were read stay what is read
         with contextlib.suppress(OSError):
             part.unlink()
-    return tuple(splits)
+        return False

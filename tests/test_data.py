@@ -15,7 +15,7 @@ from datasets.cifar import load_cifar100
 from datasets.data import DataError, load_image, make_tasks
 from datasets.digits import load_digits
 from datasets.modmnist import modify, permute, rotate
-from datasets.npz import load_npz
+from datasets.npz import load_npz, load_val
 from tests.conftest import CONV, make_arrays, write_yaml
 from utils import command as cli
 from utils.run import prepare
@@ -175,8 +175,16 @@ def test_npz_as_medmnist_lays_it_out(tmp_path):
     (images, labels), _ = load_npz(tmp_path / "a.npz")
     assert images[range(60)].equal(torch.from_numpy(arrays["train_images"]).permute(0, 3, 1, 2))
     assert labels.tolist() == arrays["train_labels"][:, 0].tolist()
+    images, labels = load_val(tmp_path / "a.npz")
+    assert images[range(30)].equal(torch.from_numpy(arrays["test_images"]).permute(0, 3, 1, 2))
+    assert labels.tolist() == arrays["test_labels"][:, 0].tolist()
     np.savez(tmp_path / "b.npz", **{k: v[..., 0] if v.ndim == 4 else v for k, v in arrays.items()})
-    assert load_npz(tmp_path / "b.npz")[0][0].shape == (60, 1, 24, 24)
+    assert load_npz(tmp_path / "b.npz")[0][0].shape == (60, 1, 24, 24) and load_val(tmp_path / "b.npz") is None
+    for images, message in ((arrays["test_images"][:, :20], "train_images and val_images are not of one size"),
+                            (arrays["test_images"][:9], r"val_labels must be whole numbers \[9\]")):  # fmt: skip
+        np.savez(tmp_path / "c.npz", **arrays, val_images=images, val_labels=arrays["test_labels"])
+        with pytest.raises(DataError, match=message):
+            load_val(tmp_path / "c.npz")
 
 
 def damage(**changes):

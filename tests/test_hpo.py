@@ -96,8 +96,8 @@ def make_rows(counts):
 
 def test_hold_out_takes_each_fifth_row_of_every_class_of_every_task():
     fit, held = hold_out(make_rows([[10, 5], [4, 11]]))
-    # By hand: task 0 is rows 0-9 and 10-14, task 1 rows 15-18 (fewer than five: the last) and 19-29.
-    assert held.images[:, 0, 0, 0].tolist() == [4, 9, 14, 18, 23, 28]
+    # By hand: task 0 is rows 0-9 and 10-14, task 1 rows 15-18 (one of four, the last) and 19-29 (two of eleven).
+    assert held.images[:, 0, 0, 0].tolist() == [4, 9, 14, 18, 23, 29]
     assert held.labels.tolist() == [0, 0, 1, 0, 1, 1]
     assert (held.starts, fit.starts) == ((0, 3, 6), (0, 12, 24))
     rows = torch.cat([fit.images, held.images])[:, 0, 0, 0].sort().values

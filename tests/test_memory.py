@@ -1,7 +1,10 @@
 """Where memory ends: the line names what was too large; rows that nobody wants are never in memory."""
+import json
+import math
 import os
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -9,9 +12,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
+from datasets import memory
 from datasets.build_dataset import build_dataset, load_whole
-from datasets.data import DataError, allocate
+from datasets.data import DataError
+from datasets.memory import allocate
 from datasets.npz import CHUNK, load_npz
 from tests.conftest import CONV, flags, make_arrays, write_yaml
 from utils import run_net
@@ -96,7 +102,92 @@ def test_whatever_the_limit_it_works_or_ends_in_one_line(large, base):
 
 def test_a_tensor_that_no_machine_holds():
     with pytest.raises(DataError, match="x of 3 x 1000 take 3000000000.0 GB, more than there is memory for"):
-        allocate((10**15, 3, 1000), "x")
+        allocate((10**15, 3, 1000), "x", ".")
+
+
+def without_memory(monkeypatch, free=0):
+    monkeypatch.setattr(memory, "free_memory", lambda: free)
+
+
+def test_what_takes_too_much_of_the_free_memory_is_mapped_and_leaves_no_file(tmp_path, monkeypatch, capsys):
+    """Three quarters of 400 bytes are free for it: 300 stay in memory, 303 do not."""
+    without_memory(monkeypatch, 400)
+    allocate((100, 3), "x", tmp_path)
+    assert capsys.readouterr().err == ""
+    images = allocate((101, 3), "a.npz: 101 of 101 images", tmp_path)
+    line = f"a.npz: 101 of 101 images of 3 take 0.0 GB, and 0.0 GB of memory are free: kept in a file below {tmp_path}"
+    assert capsys.readouterr().err.startswith(line) and not list(tmp_path.iterdir())
+    images.copy_(torch.arange(303).view(101, 3))
+    rows = torch.tensor([100, 0, 0, 7])
+    assert images[rows].tolist() == [[44, 45, 46], [0, 1, 2], [0, 1, 2], [21, 22, 23]]  # modulo 256
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    assert [line for line in maps if str(tmp_path) in line and "(deleted)" in line and " rw-s " in line]
+
+
+def test_a_disk_without_room_is_no_place(tmp_path, monkeypatch, capsys):
+    """Else the folder of temporary files, else memory, else one line."""
+    without_memory(monkeypatch)
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    allocate((10, 3), "x", tmp_path / "gone")
+    assert f"below {tmp_path / 'tmp'} while" in capsys.readouterr().err
+    monkeypatch.setattr(os, "posix_fallocate", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    assert allocate((10, 3), "x", tmp_path).shape == (10, 3) and capsys.readouterr().err == ""
+    with pytest.raises(DataError, match="x of 3 take 3000000.0 GB, more than there is memory for"):
+        allocate((10**15, 3), "x", tmp_path)
+
+
+@pytest.mark.parametrize("files, free", [
+    ({"memory.max": "1000", "memory.current": "900", "memory.stat": "anon 2\nactive_file 300\ninactive_file 50"}, 450),
+    ({"memory.max": "max", "memory.current": "900", "memory.stat": "active_file 0\ninactive_file 0"}, math.inf),
+    ({"memory.limit_in_bytes": "1000", "memory.usage_in_bytes": "800",
+      "memory.stat": "active_file 1\ninactive_file 1\ntotal_active_file 30\ntotal_inactive_file 4"}, 234),
+    ({}, math.inf),
+])  # fmt: skip
+def test_free_memory_of_a_control_group(tmp_path, files, free):
+    """The limit less what is used, but for cached files, which give way."""
+    for name, text in files.items():
+        (tmp_path / name).write_text(text + "\n")
+    assert memory._free_in_group(tmp_path) == free
+
+
+def test_free_memory_is_the_least_of_all_limits():
+    machine = memory.free_memory()
+    assert 10**7 < machine < 10**14
+    code = ("import resource; resource.setrlimit(resource.RLIMIT_DATA, (3 * 10**9, 3 * 10**9))\n"
+            "from datasets.memory import free_memory; print(free_memory())")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 0 < int(done.stdout) < min(3 * 10**9, machine + 10**9)
+
+
+def test_a_run_on_mapped_images_ends_in_the_same_numbers(workspace, monkeypatch, capsys):
+    """Of an npz file and of a folder: every image, the learners' logits, the checksum and the metrics."""
+    import modelzoo
+    from utils.command import command
+
+    for split in ("train", "test"):
+        for c in range(6):
+            (workspace / "data/pets" / split / str(c)).mkdir(parents=True)
+            for j in range(4):
+                image = Image.new("RGB", (30, 20), (40 * c, 9 * j, 7))
+                image.save(workspace / "data/pets" / split / str(c) / f"{j}.png")
+    folder = {"dataset": "image_folder", "path": "pets", "size": 24, "tasks": [["0", "1"], ["2", "3"], ["4", "5"]]}
+    write_yaml(workspace / "pets.yaml", folder)
+    for config in ("data.yaml", "pets.yaml"):
+        words = flags(workspace, "--continual", "--device", "cpu", "--data_config", str(workspace / config))
+        for name, free in (("memory", 10**12), ("mapped", 0)):
+            without_memory(monkeypatch, free)
+            assert command("x", "modelzoo", modelzoo.run, [*words, "--name", f"{config}-{name}"]) == 0
+            assert capsys.readouterr().err.count("kept in a file below") == (2 if name == "mapped" else 0)
+        a, b = (workspace / "runs" / f"{config}-{name}" for name in ("memory", "mapped"))
+        a_settings, b_settings = (yaml.safe_load((run / "config.yaml").read_text())["settings"] for run in (a, b))
+        assert a_settings["data"] == b_settings["data"]
+        a_result, b_result = (json.loads((run / "result.json").read_text()) for run in (a, b))
+        assert a_result["accuracy_matrix"] == b_result["accuracy_matrix"]
+        for k in range(3):
+            learners = [torch.load(run / f"learners/{k:03}.pt", weights_only=True) for run in (a, b)]
+            for key in ("train_logits", "test_logits"):
+                assert all(x.equal(y) for x, y in zip(*(learner[key] for learner in learners), strict=True))
 
 
 @pytest.mark.parametrize("error", [

@@ -41,7 +41,7 @@ def titles(figure):
 def test_top_to_bottom_and_again(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     line = CELLS[0].partition("\n")[0]
-    write_yaml(tmp_path / "hp.yaml", CONV | {"epochs": 4})
+    write_yaml(tmp_path / "hp.yaml", CONV | {"epochs": 3})
     settings = {"OUT": str(tmp_path / "runs"), "HYPER": str(tmp_path / "hp.yaml"), "SAMPLES": 5, "DEVICE": "cpu"}
     found = execute(line, **settings)
     names = [f"{x} degrees" for x in (0, 10, 20, 30, 40)]

@@ -362,7 +362,8 @@ def test_damaged_test_labels_are_written_again(workspace):
 
 
 def test_a_run_goes_on_only_with_every_setting_that_decides_it(tmp_path):
-    free = {"resume", "dry_run", "out", "name", "data_dir", "tensorboard", "extend", "data_config", "hp_config"}
+    free = {"resume", "dry_run", "out", "name", "data_dir", "tensorboard", "extend", "data_config", "hp_config",
+            "capture"}  # fmt: skip
     settings = {f.name: 1 for f in fields(Settings)}
     with open_folder(tmp_path / "a", settings, False, {"hardware": "a CPU"}):
         pass

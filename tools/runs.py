@@ -18,7 +18,7 @@ from utils.log import first_seen, task_names
 from utils.run_folder import FREE, LATER, load_tensors
 
 APART = (*FREE, "save_nets", "threads", "seed", "task_order", "names")  # settings that may differ within a group
-DATA = ("dataset", "path", "size", "tasks")  # one setting here: which tasks
+DATA = ("dataset", "keywords", "path", "size", "tasks")  # one setting here: which tasks
 SHAPES = {"cifar100": (3, 32, 32), "cifar10": (3, 32, 32), "mini_imagenet": (3, 84, 84)} | dict.fromkeys(
     ("mnist", "rotated_mnist", "permuted_mnist", "digits", "rotated_digits"), (1, 28, 28))  # fmt: skip
 # They mean nothing for other kinds.

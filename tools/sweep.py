@@ -248,7 +248,8 @@ def submit(runs, rows, shares):
             if result:
                 row.state, row.accuracy, row.seconds = "skipped", result["average_accuracy"], result["seconds"]
                 continue
-            data = (settings.dataset, settings.tasks, settings.data_dir, settings.path, settings.size)
+            data = (settings.dataset, settings.tasks, settings.data_dir, settings.path, settings.size,
+                    settings.keywords)  # fmt: skip
             if data not in loaded:
                 loaded[data] = share_splits(*data)
             if isinstance(loaded[data], DataError):

@@ -23,7 +23,7 @@ class Settings:
     tasks: tuple[tuple, ...]  # source labels of each task
     names: tuple[str, ...] | None  # one a task
     path: str | None  # npz, image_folder: below data_dir
-    size: int | None  # image_folder: side in pixels
+    size: int | None  # image_folder, torchvision: side in pixels
     # from the hyper-parameter file
     model: str
     batch: int
@@ -70,6 +70,9 @@ class Settings:
     dry_run: bool = False
     capture: str = "auto"
     extend: str | None = None  # run folder whose learners this run begins with
+    # from the dataset file, too
+    keywords: tuple | None = None  # torchvision: (("name", its class), (a keyword, its value), ...)
+    flip: bool | None = None  # whether images may be mirrored; None: as is usual for the dataset
 
 
 class Parser(argparse.ArgumentParser):

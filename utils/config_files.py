@@ -26,9 +26,12 @@ DATASETS = {
     "rotated_digits": 360,
     "npz": None,
     "image_folder": None,
+    "torchvision": None,
 }
 ALIASES = {"rotmnist": "rotated_mnist", "permnist": "permuted_mnist"}
-DATASET_KEYS = {"npz": ("path",), "image_folder": ("path", "size")}  # beyond dataset, tasks and names
+# Keys beyond dataset, tasks and names: those that must be there, and those that may.
+DATASET_KEYS = {"npz": ("path",), "image_folder": ("path", "size"), "torchvision": ("name",)}
+OPTIONAL_KEYS = {"npz": ("flip",), "image_folder": ("flip",), "torchvision": ("size", "flip")}
 SCHEDULES = ("cosine", "constant")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
@@ -174,7 +177,10 @@ def check_keys(file, found, required, optional=()):
 
 
 def read_dataset(file):
-    """Read a dataset file: dict with dataset (no alias), tasks, names, path and size (None where they do not apply).
+    """Read a dataset file: dict with dataset (no alias), tasks, names, path, size, flip and keywords.
+
+    The last four are None where they do not apply or the file leaves them to the dataset. `keywords` is of torchvision:
+    (("name", of its class), ...) with every key that is not one of ours, which its class has to know.
 
     Raises:
         ConfigError: an unknown or missing key, or a value that cannot be right.
@@ -184,8 +190,9 @@ def read_dataset(file):
     if "dataset" in found:
         name = check(f"{file}: dataset", found["dataset"], str, choices=(*DATASETS, *ALIASES))
         name = ALIASES.get(name, name)
-    extra = DATASET_KEYS.get(name, ())
-    check_keys(file, found, ("dataset", "tasks", *extra), ("names",))
+    extra, optional = DATASET_KEYS.get(name, ()), ("names", *OPTIONAL_KEYS.get(name, ()))
+    theirs = found.keys() - {"dataset", "tasks", *extra, *optional} if name == "torchvision" else ()
+    check_keys(file, found, ("dataset", "tasks", *extra), (*optional, *theirs))
     tasks, names = found["tasks"], found.get("names")
     if not isinstance(tasks, list) or not tasks:
         raise ConfigError(f"{file}: tasks: must be a list of tasks, each a list of labels, such as [[0, 1], [2, 3]]")
@@ -214,9 +221,24 @@ def read_dataset(file):
         odd = next((name for name in names if not name.isprintable()), None)
         if odd is not None:
             raise ConfigError(f"{file}: names: {reprlib.repr(odd)} cannot be printed on one line")
+    keywords = None
+    if name == "torchvision":
+        keywords = tuple((key, _check_keyword(f"{file}: {key}", found[key])) for key in ("name", *sorted(theirs)))
+        if not isinstance(found["name"], str) or not found["name"].isidentifier():
+            raise ConfigError(f"{file}: name: {reprlib.repr(found['name'])} is not a class of torchvision.datasets, "
+                              "such as FashionMNIST")  # fmt: skip
     path = check(f"{file}: path", found["path"], str) if "path" in extra else None
-    size = check(f"{file}: size", found["size"], int, 8, 1024) if "size" in extra else None
-    return {"dataset": name, "tasks": tuple(map(tuple, tasks)), "names": names, "path": path, "size": size}
+    size = check(f"{file}: size", found["size"], int, 8, 1024) if "size" in found else None
+    flip = check(f"{file}: flip", found["flip"], bool) if "flip" in found else None
+    return {"dataset": name, "tasks": tuple(map(tuple, tasks)), "names": names, "path": path, "size": size,
+            "flip": flip, "keywords": keywords}  # fmt: skip
+
+
+def _check_keyword(where, value):
+    """`value` as torchvision takes it from a dataset file: a text, a number, true or false."""
+    if not isinstance(value, (str, int, float)) or len(str(value)) > 60:
+        raise ConfigError(f"{where}: {reprlib.repr(value)} is not a short text, a number, true or false")
+    return value
 
 
 def read_space(file):

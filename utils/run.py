@@ -50,7 +50,7 @@ def prepare(settings, loaded=None):
     generator = make_generator(settings.seed, 0, "data")
     with naming_memory(f"{settings.data_config}: too little memory to load the data; try --samples or fewer tasks"):
         train, test = build_dataset(settings.dataset, settings.tasks, settings.data_dir, generator, settings.samples,
-                                    settings.path, settings.size, loaded)  # fmt: skip
+                                    settings.path, settings.size, loaded, settings.keywords, settings.flip)  # fmt: skip
     try:
         build_net(settings.model, train.images.shape[1:], train.classes[:1], settings.dropout, seed=0)
     except ValueError as e:
