@@ -13,10 +13,11 @@ from datasets.data import hold_out
 from tests.conftest import CONV, flags, make_arrays, write_yaml
 from tests.test_runs import numbers, start
 from tests.test_survival import checkpoint_every_epoch
+from tools.peers import read_peers
 from utils import run_net
 from utils.command import command
 from utils.config import read_settings
-from utils.config_files import OPTIONAL, SCHEDULES
+from utils.config_files import OPTIONAL, SCHEDULES, ConfigError
 from utils.run_folder import load_tensors
 from utils.run_net import make_generator
 
@@ -62,6 +63,16 @@ def test_a_mistake_in_a_key_is_one_line(workspace, capsys, keys, message):
 ])  # fmt: skip
 def test_a_mistake_in_a_flag_is_one_line(workspace, capsys, words, message):
     assert message in refuse(workspace, capsys, *words)
+
+
+def test_avalanches_methods_take_what_they_run_with_and_refuse_the_rest(workspace):
+    words = ["naive", *flags(workspace)]
+    write_yaml(workspace / "hp.yaml", CONV | {"schedule": "cosine", "warmup": 1, "lr_min": 0.001})
+    assert read_peers(words)[0].warmup == 1
+    for key, value in (("optimiser", "adamw"), ("clip_norm", 1.0), ("class_weights", "balanced"), ("momentum", 0.8)):
+        write_yaml(workspace / "hp.yaml", CONV | {key: value})
+        with pytest.raises(ConfigError, match=f"{key}: Avalanche's methods run without it; leave it out"):
+            read_peers(words)
 
 
 def test_flags_go_over_the_file_and_stand_in_the_name(workspace):
