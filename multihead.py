@@ -99,10 +99,9 @@ def balance(heads, labels):
     Those of a head have mean 1, as scikit-learn's "balanced".
     """
     of_class = torch.stack([heads, labels], 1)
-    _, each, rows = of_class.unique(dim=0, return_inverse=True, return_counts=True)
-    of_head = heads.bincount().float()
-    classes = torch.zeros_like(of_head).index_add_(0, heads, 1 / rows[each].float())
-    return of_head[heads] / (classes.round()[heads] * rows[each])
+    pairs, each, rows = of_class.unique(dim=0, return_inverse=True, return_counts=True)
+    classes = pairs[:, 0].bincount()
+    return heads.bincount()[heads].float() / (classes[heads] * rows[each])
 
 
 def require_finite(value, what, lr, precision):
