@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# The tables of results/peers.md: beside Avalanche's methods. Needs requirements-peers.txt.
+#
+#     results/peers.sh    # a day on one core of an AMD EPYC
+#
+# See results/common.sh.
+. "$(dirname "$0")/common.sh"
+for data in coarse split; do
+  if [ $data = coarse ]; then
+    flags=(--data_config config/dataset/coarse_cifar100.yaml) weights="1 10 100" memory=1000
+  else
+    flags=(--data_config config/dataset/split_mnist.yaml --samples 1000) weights="1 100" memory=200
+  fi
+  all=()
+  for seed in $SEEDS; do
+    common=("${flags[@]}" --hp_config config/hyperparam/conv.yaml --epochs 5 --seed "$seed")
+    run modelzoo.py "$data-zoo-$seed" "${common[@]}" --continual
+    run modelzoo.py "$data-little-$seed" "${common[@]}" --continual --replay_frac 0.02
+    run modelzoo.py "$data-isolated-$seed" "${common[@]}" --continual --tasks_per_round 1
+    run multihead.py "$data-joint-$seed" "${common[@]}"
+    for kind in zoo little isolated joint; do all+=("$OUT/$data-$kind-$seed"); done
+    for method in ${PEERS-naive joint replay agem}; do
+      more=()
+      case $method in replay | agem) more=(--memory "$memory") ;; esac
+      run "tools/peers.py $method" "$data-avalanche-$method-$seed" "${common[@]}" "${more[@]}"
+      all+=("$OUT/$data-avalanche-$method-$seed")
+    done
+    [ -z "${PEERS-ewc}" ] || for weight in $weights; do
+      run "tools/peers.py ewc" "$data-ewc$weight-$seed" "${common[@]}" --ewc_lambda "$weight"
+      all+=("$OUT/$data-ewc$weight-$seed")
+    done
+  done
+  "$PYTHON" tools/report.py "${all[@]}" --format markdown
+done
