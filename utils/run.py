@@ -134,7 +134,8 @@ def describe(settings, device, precision, train, plan):
             "multihead": "Multi-Head, joint training on all tasks"}.get(settings.method, settings.method)  # fmt: skip
     most, epochs = max(n for n, _ in plan), settings.epochs
     parameters = count_parameters(settings.model, train.images.shape[1:], train.classes[:most], settings.dropout)
-    rounds = f"{settings.num_rounds} rounds, {most} tasks per learner at most" if len(plan) > 1 else "1 learner"
+    tasks = count(most, "task")
+    rounds = f"{settings.num_rounds} rounds, {tasks} per learner at most" if len(plan) > 1 else "1 learner"
     net = f"{settings.model} with {parameters:,} parameters per learner"
     if settings.weights:
         net += f", from {settings.weights}"
