@@ -81,7 +81,7 @@ def test_every_command_works_at_toy_size(script, toy, tmp_path, capsys):
     assert "|" in out.splitlines()[-1] or "±" in out
 
 
-@pytest.mark.parametrize("script", ["inherit.sh", "mnist.sh", "variants.sh"])  # the others begin as the first does
+@pytest.mark.parametrize("script", ["inherit.sh", "variants.sh"])  # the others begin as the first does
 def test_without_data_a_script_ends_in_the_line_of_the_data(script, toy, tmp_path):
     environment = os.environ | toy | {"PYTHON": sys.executable, "DATA_DIR": str(tmp_path / "none"),
                                       "https_proxy": "http://127.0.0.1:9"}  # fmt: skip
