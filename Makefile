@@ -18,7 +18,7 @@ test: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -q -n auto --dist worksteal
 
-# Longer: 50 kills at random moments; a Ray cluster of two nodes; ten times the cases of the fuzz tests.
+# Longer: 70 kills at random moments; a Ray cluster of two nodes; ten times the cases of the fuzz tests.
 test-kills: .venv/test
 	$(BIN)/python -m pytest -q -m kills
 

@@ -1,6 +1,6 @@
 """Kills, full disks, damaged files, two writers: at most the learner in training is lost, and the result is the same.
 
-`python -m pytest -m kills` kills 50 runs; the plain suite kills a few.
+`python -m pytest -m kills` kills 70 runs; the plain suite kills one.
 """
 import codecs
 import contextlib
@@ -108,13 +108,13 @@ def digits(tmp_path):
     return tmp_path
 
 
-def kill_and_resume(workspace, count, seed):
+def kill_and_resume(workspace, count, seed, *more):
     """Kill `count` runs at random moments, resume each, and compare with a run that was left alone.
 
     Returns:
         The sets of files that the kills left.
     """
-    command = ("--continual", "--samples", "4")
+    command = ("--continual", "--samples", "4", *more)
     whole = numbers(start(workspace, "whole", *command))
     began = time.perf_counter()
     assert finish(spawn(workspace, *command, "--name", "timed", setups=[slow_writes, checkpoint_every_epoch]))[0] == 0
@@ -145,6 +145,11 @@ def test_killed_runs_resume_to_the_same_result(digits):
 @pytest.mark.kills
 def test_fifty_killed_runs_resume_to_the_same_result(digits):
     assert len(kill_and_resume(digits, 50, seed=1)) > 10
+
+
+@pytest.mark.kills
+def test_twenty_killed_runs_whose_learners_inherit_resume_to_the_same_result(digits):
+    assert len(kill_and_resume(digits, 20, 2, "--inherit")) > 5
 
 
 @pytest.mark.parametrize("method, more", [
