@@ -18,7 +18,7 @@ from utils.device import choose_device, describe_hardware
 from utils.run_folder import commit, versions
 from utils.run_net import predict_logits, train_net
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]  # a driver warns of much
 ROOT = Path(__file__).parent.parent
 
 
@@ -27,7 +27,7 @@ def gpu():
     device = choose_device("cuda")
     yield device
     print(f"\n{describe_hardware(device)}, capability {torch.cuda.get_device_capability(device)}, {versions()}, CUDA "
-          f"{torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}, commit {commit()}")  # fmt: skip
+          f"{torch.version.cuda}, commit {commit()}")  # fmt: skip
 
 
 def learn(device, model, precision, capture="auto", epochs=2, net=None):
