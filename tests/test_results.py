@@ -11,10 +11,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import yaml
 
 import modelzoo
 import multihead
-from results import variants
+from results import pretrained, variants
 from tests.conftest import CONV, make_arrays, write_yaml
 from tools import peers, plot, report
 from utils.command import command, guard
@@ -27,6 +28,7 @@ AVALANCHE = importlib.util.find_spec("avalanche") is not None
 MAIN = {
     "modelzoo.py": functools.partial(command, "modelzoo.py", "modelzoo", modelzoo.run),
     "multihead.py": functools.partial(command, "multihead.py", "multihead", multihead.run),
+    "results/pretrained.py": pretrained.main,
     "results/variants.py": variants.main,
     **{f"tools/{module.__name__.rpartition('.')[2]}.py": functools.partial(
         lambda main, argv: guard("x", lambda: main(argv)), module.main) for module in (peers, plot, report)},
@@ -44,7 +46,7 @@ def toy(tmp_path, monkeypatch):
     write_yaml(tmp_path / "hp.yaml", {**CONV, "epochs": 1})
     return {"DATA_DIR": str(tmp_path), "OUT": str(tmp_path / "runs"), "SEEDS": "0", "PEERS": "replay" * AVALANCHE,
             "FIGURE": str(tmp_path / "figure.png"), "TABLE": str(tmp_path / "table.md"), "EPOCHS": "1", "ORDERS": "0 1",
-            "ISOLATED": "0 1 2 3", "SHORT": "2", "ZOOS": "0", "FIGURES": str(tmp_path)}  # fmt: skip
+            "ISOLATED": "0 1 2 3", "FIRST": "1", "SHORT": "2", "ZOOS": "0", "FIGURES": str(tmp_path)}  # fmt: skip
 
 
 def read_commands(script, toy, tmp_path):
@@ -67,11 +69,14 @@ def test_every_command_works_at_toy_size(script, toy, tmp_path, capsys):
             i = words.index("--data_config") + 1
             whole = (ROOT / words[i]).read_text()
             kind = next(kind for kind in tasks if kind in words[i])
-            dataset = next(line for line in whole.splitlines() if line.startswith("dataset:")).split()[1]
-            (tmp_path / Path(words[i]).name).write_text(f"dataset: {dataset}\ntasks: {tasks[kind]}\n")
+            lines = [line for line in whole.splitlines() if line.startswith(("dataset:", "path:", "size:"))]
+            own = "[[c1, c2], [c3, c4]]" if "path:" in whole else tasks[kind]
+            (tmp_path / Path(words[i]).name).write_text("\n".join([*lines, f"tasks: {own}"]))
             words[i] = str(tmp_path / Path(words[i]).name)
             hyper = Path(words[words.index("--hp_config") + 1])
-            write_yaml(tmp_path / hyper.name, {**CONV, "model": "conv_8" if hyper.stem == "wide" else "conv"})
+            keys = yaml.safe_load((ROOT / hyper).read_text())
+            toy_model = {"model": "conv_8" if hyper.stem == "wide" else "conv"}
+            write_yaml(tmp_path / hyper.name, {**keys, **CONV, **toy_model})
             words[words.index("--hp_config") + 1] = str(tmp_path / hyper.name)
         for flag in {"--num_rounds", "--num_tasks"} & set(words):
             i = words.index(flag) + 1

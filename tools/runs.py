@@ -472,6 +472,6 @@ def setting_text(run, key):
         return ""
     if key == "samples" and value is None:
         return "all samples"
-    if isinstance(value, bool):
+    if value is None or isinstance(value, bool):
         return key if value else f"no {key}"
     return value if key == "tasks" else f"{key} {printable(value)}"
