@@ -18,7 +18,7 @@ from utils.learner import learner_path  # noqa: E402
 
 
 def write_folders(data):
-    """Write CIFAR-100 as data/last_half/train/c<label>/<row>.png and test/…, once; rows are in the order of the file."""
+    """Write CIFAR-100 as data/last_half/train/c<label>/<row>.png and test/..., once, in the order of its rows."""
     folder = Path(data) / "last_half"
     if (folder / "test").exists():
         return
