@@ -196,7 +196,7 @@ def run(settings, search, argv):
         RunError: no trial could be trained to the end.
     """
     train = prepare(replace(settings, device="cpu", precision="fp32"))[2]
-    fit, held_out = hold_out(train)
+    fit, held_out = hold_out(train, folder=settings.data_dir)
     connect(search.address)
     resources, device, slots = share_out("trial", search.cpus_per_trial, search.gpus_per_trial, settings.device)
     if device == "cpu":

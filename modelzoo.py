@@ -203,7 +203,7 @@ def run(settings, loaded=None):
         RunError: training diverged or the disk refused; what was written before is safe.
     """
     device, precision, train, test = prepare(settings, loaded)
-    train, val = hold_out(train, settings.val_frac) if settings.val_frac else (train, None)
+    train, val = hold_out(train, settings.val_frac, settings.data_dir) if settings.val_frac else (train, None)
     old = check_extension(settings, device, precision, train, test)
     plan = plan_rounds(settings, train)
     if settings.dry_run:

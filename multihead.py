@@ -195,7 +195,7 @@ def train_or_load(settings, precision, train, test, tasks, rows, seen, round, fo
 def run(settings, loaded=None):
     """Train Multi-Head in its run folder and return its result; `loaded` and errors as of `modelzoo.run`."""
     device, precision, train, test = prepare(settings, loaded)
-    train, val = hold_out(train, settings.val_frac) if settings.val_frac else (train, None)
+    train, val = hold_out(train, settings.val_frac, settings.data_dir) if settings.val_frac else (train, None)
     tasks = list(range(len(settings.tasks)))
     rows = [train.rows(t) for t in tasks]
     plan = [(len(tasks), len(train.labels))]

@@ -112,7 +112,7 @@ def make_tasks(images, labels, tasks, flip, samples=None, noisy_from=None, gener
                     tuple(tuple(map(name, task)) for task in tasks))  # fmt: skip
 
 
-def hold_out(train, share=0.2):
+def hold_out(train, share=0.2, folder=None):
     """Split training rows in two, class by class, so that settings can be compared without a test row.
 
     Of every class of every task rows at equal distances are held out, its last one among them, whatever the seed: a
@@ -121,13 +121,16 @@ def hold_out(train, share=0.2):
     Args:
         train: `TaskData` of the training rows.
         share: of a class's rows, in (0, 1), rounded; at least one row, and not all.
+        folder: where images may lie that are too many for the memory (`datasets.memory`).
 
     Returns:
         fit, held_out: `TaskData`; together all rows of `train`.
 
     Raises:
-        DataError: a class has a single row.
+        DataError: a class has a single row, or there is no room for the images.
     """
+    from datasets.memory import allocate  # which imports this file
+
     held = torch.zeros(len(train.labels), dtype=torch.bool, device=train.labels.device)
     for t in range(len(train.classes)):
         rows = train.rows(t)
@@ -140,8 +143,14 @@ def hold_out(train, share=0.2):
 
     def subset(chosen):
         counts = [int(chosen[train.rows(t)].sum()) for t in range(len(train.classes))]
+        if train.images.device.type == "cpu":
+            rows = chosen.nonzero().squeeze(1)
+            images = allocate((len(rows), *train.images.shape[1:]), f"{len(rows):,} images", folder)
+            torch.index_select(train.images, 0, rows, out=images)
+        else:
+            images = train.images[chosen]
         starts = (0, *itertools.accumulate(counts))
-        return replace(train, images=train.images[chosen], labels=train.labels[chosen], starts=starts)
+        return replace(train, images=images, labels=train.labels[chosen], starts=starts)
 
     return subset(~held), subset(held)
 

@@ -24,7 +24,7 @@ def allocate(shape, what, folder):
     Args:
         shape: of the tensor.
         what: it is for, in messages.
-        folder: where the file may be; else in the system's folder for temporary files.
+        folder: where the file may be (None: nowhere); else in the system's folder for temporary files.
 
     Raises:
         DataError: neither memory nor disk suffice; the line says for `what`, and how much is needed.
@@ -32,7 +32,7 @@ def allocate(shape, what, folder):
     size, free = math.prod(shape), free_memory()
     text = f"{what} of {' x '.join(map(str, shape[1:]))} take {size / 1e9:.1f} GB"
     if size > SHARE * free:
-        for place in (folder, tempfile.gettempdir()):
+        for place in filter(None, (folder, tempfile.gettempdir())):
             with contextlib.suppress(OSError, OverflowError):
                 images = _map(shape, place)
                 print(f"{text}, and {free / 1e9:.1f} GB of memory are free: kept in a file below {place} while the "

@@ -16,7 +16,7 @@ from PIL import Image
 
 from datasets import memory
 from datasets.build_dataset import build_dataset, load_whole
-from datasets.data import DataError
+from datasets.data import DataError, TaskData, hold_out
 from datasets.memory import allocate
 from datasets.npz import CHUNK, load_npz
 from tests.conftest import CONV, flags, make_arrays, write_yaml
@@ -122,6 +122,17 @@ def test_what_takes_too_much_of_the_free_memory_is_mapped_and_leaves_no_file(tmp
     assert images[rows].tolist() == [[44, 45, 46], [0, 1, 2], [0, 1, 2], [21, 22, 23]]  # modulo 256
     maps = Path("/proc/self/maps").read_text().splitlines()
     assert [line for line in maps if str(tmp_path) in line and "(deleted)" in line and " rw-s " in line]
+
+
+def test_rows_held_out_of_images_larger_than_memory_are_mapped_too(tmp_path, monkeypatch, capsys):
+    images = torch.arange(40, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 2, 2).contiguous()
+    train = TaskData(images, torch.arange(40) % 2, (0, 20, 40), (2, 2), flip=False)
+    expected = hold_out(train, 0.3)
+    without_memory(monkeypatch)
+    for part, as_before, n in zip(hold_out(train, 0.3, tmp_path), expected, (28, 12), strict=True):
+        assert part.images.equal(as_before.images) and len(part.images) == n and part.starts == as_before.starts
+    err = capsys.readouterr().err
+    assert err.count("\n") == err.count(f"kept in a file below {tmp_path}") == 2
 
 
 def test_a_disk_without_room_is_no_place(tmp_path, monkeypatch, capsys):
