@@ -20,7 +20,8 @@ from pathlib import Path
 import before_torch  # noqa: F401  # isort: skip
 import torch
 
-from datasets.data import checksum, hold_out
+from datasets.build_dataset import hold_out
+from datasets.data import checksum
 from multihead import train_epochs
 from utils import metrics
 from utils.cluster import connect, share_out

@@ -9,7 +9,8 @@ import sys
 import before_torch  # noqa: F401  # isort: skip
 import torch
 
-from datasets.data import hold_out, make_images, replay_repeats, sample_replay
+from datasets.build_dataset import hold_out
+from datasets.data import make_images, replay_repeats, sample_replay
 from multihead import train_or_load
 from utils.command import command
 from utils.config_files import ConfigError

@@ -8,7 +8,7 @@ from dataclasses import replace
 import before_torch  # noqa: F401  # isort: skip
 import torch
 
-from datasets.data import hold_out
+from datasets.build_dataset import hold_out
 from net.build_net import build_net, set_dropout_generator
 from utils import metrics
 from utils.command import command

@@ -2,7 +2,6 @@
 import contextlib
 import hashlib
 import io
-import itertools
 import math
 import os
 import warnings
@@ -110,49 +109,6 @@ def make_tasks(images, labels, tasks, flip, samples=None, noisy_from=None, gener
         starts.append(sum(map(len, rows)))
     return TaskData(images[torch.cat(rows)], torch.cat(targets), tuple(starts), tuple(map(len, tasks)), flip,
                     tuple(tuple(map(name, task)) for task in tasks))  # fmt: skip
-
-
-def hold_out(train, share=0.2, folder=None):
-    """Split training rows in two, class by class, so that settings can be compared without a test row.
-
-    Of every class of every task rows at equal distances are held out, its last one among them, whatever the seed: a
-    label that stands in two tasks brings the same rows, in the same order, to both, so both hold out the same ones.
-
-    Args:
-        train: `TaskData` of the training rows.
-        share: of a class's rows, in (0, 1), rounded; at least one row, and not all.
-        folder: where images may lie that are too many for the memory (`datasets.memory`).
-
-    Returns:
-        fit, held_out: `TaskData`; together all rows of `train`.
-
-    Raises:
-        DataError: a class has a single row, or there is no room for the images.
-    """
-    from datasets.memory import allocate  # which imports this file
-
-    held = torch.zeros(len(train.labels), dtype=torch.bool, device=train.labels.device)
-    for t in range(len(train.classes)):
-        rows = train.rows(t)
-        for c in range(train.classes[t]):
-            of_class = rows[train.labels[rows] == c]
-            if len(of_class) == 1:
-                raise DataError(f"class {c} of task {t} has a single training row: none can be held out beside it")
-            n = min(max(1, round(share * len(of_class))), len(of_class) - 1)
-            held[of_class[torch.arange(1, n + 1, device=held.device) * len(of_class) // n - 1]] = True
-
-    def subset(chosen):
-        counts = [int(chosen[train.rows(t)].sum()) for t in range(len(train.classes))]
-        if train.images.device.type == "cpu":
-            rows = chosen.nonzero().squeeze(1)
-            images = allocate((len(rows), *train.images.shape[1:]), f"{len(rows):,} images", folder)
-            torch.index_select(train.images, 0, rows, out=images)
-        else:
-            images = train.images[chosen]
-        starts = (0, *itertools.accumulate(counts))
-        return replace(train, images=images, labels=train.labels[chosen], starts=starts)
-
-    return subset(~held), subset(held)
 
 
 def sample_replay(train, t, replay_frac, generator):

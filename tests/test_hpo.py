@@ -19,7 +19,8 @@ import torch
 import hpo
 import modelzoo
 import multihead
-from datasets.data import DataError, TaskData, hold_out
+from datasets.build_dataset import hold_out
+from datasets.data import DataError, TaskData
 from utils import command as cli
 from utils.cluster import connect
 from utils.config import read_settings

@@ -15,8 +15,8 @@ import yaml
 from PIL import Image
 
 from datasets import memory
-from datasets.build_dataset import build_dataset, load_whole
-from datasets.data import DataError, TaskData, hold_out
+from datasets.build_dataset import build_dataset, hold_out, load_whole
+from datasets.data import DataError, TaskData
 from datasets.memory import allocate
 from datasets.npz import CHUNK, load_npz
 from tests.conftest import CONV, flags, make_arrays, write_yaml

@@ -8,8 +8,7 @@ import torch
 
 import modelzoo
 import multihead
-from datasets.build_dataset import build_dataset
-from datasets.data import hold_out
+from datasets.build_dataset import build_dataset, hold_out
 from tests.conftest import CONV, flags, make_arrays, write_yaml
 from tests.test_runs import numbers, start
 from tests.test_survival import checkpoint_every_epoch
