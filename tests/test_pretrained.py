@@ -60,7 +60,7 @@ def test_backbones_begin_with_the_weights_and_inherit_from_there(pretrained, mon
 
 def test_a_frozen_backbone_is_a_linear_layer_on_its_features(pretrained, monkeypatch):
     write_yaml(pretrained / "hp.yaml", {**CONV, "weights": "mine.pt", "freeze": True, "lr": 0.1, "epochs": 3})
-    result = start(pretrained, "a", "--continual", "--save_nets")
+    result = start(pretrained, "a", "--continual", "--save_nets", "--precision", "fp32")
     _, _, train, test = prepare(read_settings("x", "modelzoo", flags(pretrained, "--continual")))
     net = load_net(load_tensors(pretrained / "data/mine.pt", "cpu")["net"], "cpu")
     with torch.no_grad():

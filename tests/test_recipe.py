@@ -100,7 +100,7 @@ def test_a_run_validates_on_rows_that_no_learner_trains_on(workspace, monkeypatc
         return original(net, images, rows, *more, **settings)
 
     monkeypatch.setattr(multihead, "train_net", note)
-    result = start(workspace, "a", "--continual", "--val_frac", "0.2")
+    result = start(workspace, "a", "--continual", "--val_frac", "0.2", "--precision", "fp32")
     assert [len(images) for images in trained] == [16, 32, 48] and result["rows_trained"] == 2 * (16 + 32 + 48)
     train, _ = build_dataset("npz", [(0, 1), (2, 3), (4, 5)], workspace / "data", make_generator(0, 0, "data"),
                              path="toy.npz")  # fmt: skip
@@ -109,7 +109,8 @@ def test_a_run_validates_on_rows_that_no_learner_trains_on(workspace, monkeypatc
     lines = [json.loads(line) for line in (workspace / "runs/a/log.jsonl").read_text().splitlines()]
     assert all(0 <= line["val_accuracy"] <= 1 and line["val_loss"] > 0 for line in lines if "epoch" in line)
     # The last epoch's are of the network that joined the zoo: by hand, from the network itself.
-    saved = start(workspace, "b", "--continual", "--val_frac", "0.2", "--save_nets", "--num_rounds", "1")
+    saved = start(workspace, "b", "--continual", "--val_frac", "0.2", "--save_nets", "--num_rounds", "1",
+                  "--precision", "fp32")  # fmt: skip
     learner = load_tensors(workspace / "runs/b/learners/000.pt", "cpu")
     net = modelzoo.Zoo.load(workspace / "runs/b", "cpu").nets[0]
     held = hold_out(train, 0.2)[1]

@@ -115,7 +115,7 @@ def test_a_run_resumes_exactly_predicts_and_is_exported(vision, monkeypatch):
     """8 rows a task in batches of 7: the first learner ends each epoch with one row."""
     checkpoint_every_epoch()
     copies, save = [], multihead.save_checkpoint
-    more = ("--continual", "--inherit", "--save_nets", "--num_rounds", "2")
+    more = ("--continual", "--inherit", "--save_nets", "--num_rounds", "2", "--precision", "fp32")
 
     def copy(path, *rest):
         save(path, *rest)
