@@ -98,10 +98,10 @@ def balance(heads, labels):
 
     Those of a head have mean 1, as scikit-learn's "balanced".
     """
-    of_class = torch.stack([heads, labels], 1)
-    pairs, each, rows = of_class.unique(dim=0, return_inverse=True, return_counts=True)
+    of_head, of_class = heads.cpu(), labels.cpu()  # a few counts, once a learner
+    pairs, each, rows = torch.stack([of_head, of_class], 1).unique(dim=0, return_inverse=True, return_counts=True)
     classes = pairs[:, 0].bincount()
-    return heads.bincount()[heads].float() / (classes[heads] * rows[each])
+    return (of_head.bincount()[of_head].float() / (classes[of_head] * rows[each])).to(heads.device)
 
 
 def require_finite(value, what, lr, precision):

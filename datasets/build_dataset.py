@@ -135,26 +135,25 @@ def hold_out(train, share=0.2, folder=None):
     Raises:
         DataError: a class has a single row, or there is no room for the images.
     """
-    held = torch.zeros(len(train.labels), dtype=torch.bool, device=train.labels.device)
-    for t in range(len(train.classes)):
-        rows = train.rows(t)
+    labels = train.labels.cpu()
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    for t, (first, last) in enumerate(itertools.pairwise(train.starts)):
         for c in range(train.classes[t]):
-            of_class = rows[train.labels[rows] == c]
+            of_class = first + (labels[first:last] == c).nonzero().squeeze(1)
             if len(of_class) == 1:
                 raise DataError(f"class {c} of task {t} has a single training row: none can be held out beside it")
             n = min(max(1, round(share * len(of_class))), len(of_class) - 1)
-            held[of_class[torch.arange(1, n + 1, device=held.device) * len(of_class) // n - 1]] = True
+            held[of_class[torch.arange(1, n + 1) * len(of_class) // n - 1]] = True
 
     def subset(chosen):
-        counts = [int(chosen[train.rows(t)].sum()) for t in range(len(train.classes))]
+        rows = chosen.nonzero().squeeze(1)
         if train.images.device.type == "cpu":
-            rows = chosen.nonzero().squeeze(1)
             images = allocate((len(rows), *train.images.shape[1:]), f"{len(rows):,} images", folder)
             torch.index_select(train.images, 0, rows, out=images)
         else:
-            images = train.images[chosen]
-        starts = (0, *itertools.accumulate(counts))
-        return replace(train, images=images, labels=train.labels[chosen], starts=starts)
+            images = train.images[rows.to(train.images.device)]
+        starts = torch.searchsorted(rows, torch.tensor(train.starts)).tolist()
+        return replace(train, images=images, labels=labels[rows].to(train.labels.device), starts=tuple(starts))
 
     return subset(~held), subset(held)
 

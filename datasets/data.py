@@ -300,13 +300,14 @@ def _as_shown(image):
     return image
 
 
-def hash_rows(data):
-    """A number for each row's image and class, [N] int64, by which it is found again wherever it stands."""
+def hash_rows(data, t):
+    """A number for the image and class of each row of task t, [N_t] int64, by which it is found again elsewhere."""
+    rows = slice(data.starts[t], data.starts[t + 1])
     size = data.images.shape[1:].numel()
     # Sums of products with random odd numbers, modulo 2**64: of a million rows two agree once in 10**7 data sets.
     factors = np.random.default_rng(0).integers(2**63, size=size // 8 + 2, dtype=np.uint64) * 2 + 1
-    sums = [data.labels.cpu().numpy().astype(np.uint64) * factors[-1]]
-    for part in data.images.flatten(1).split(4096):
+    sums = [data.labels[rows].cpu().numpy().astype(np.uint64) * factors[-1]]
+    for part in data.images[rows].flatten(1).split(4096):
         words = np.pad(part.cpu().numpy(), ((0, 0), (0, -size % 8))).view(np.uint64)
         sums.append((words * factors[: words.shape[1]]).sum(1, dtype=np.uint64))
     return torch.from_numpy((sums[0] + np.concatenate(sums[1:])).view(np.int64))
@@ -320,11 +321,11 @@ def find_rows(data, t, hashes):
         t: index of the task.
         hashes: [n] int64, what `hash_rows` gave; a row that stood twice has to stand twice.
     """
-    rows, places = data.rows(t), {}
-    for row, number in zip(rows.tolist(), hash_rows(data)[rows.cpu()].tolist(), strict=True):
+    places = {}
+    for row, number in enumerate(hash_rows(data, t).tolist(), data.starts[t]):
         places.setdefault(number, []).append(row)
     found = [places[number].pop(0) if places.get(number) else -1 for number in hashes.tolist()]
-    return None if -1 in found else torch.tensor(found, dtype=torch.int64, device=rows.device)
+    return None if -1 in found else torch.tensor(found, dtype=torch.int64, device=data.images.device)
 
 
 def checksum(train, test):

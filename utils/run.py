@@ -195,8 +195,8 @@ def hash_tasks(settings, train, test):
 
     Those are all of its training rows, or, where it has gained some since the run that this one extends, the old ones.
     """
-    mine = {"train": train, "test": test}
-    mine = {key: [hash_rows(data)[data.rows(t).cpu()] for t in range(len(data.classes))] for key, data in mine.items()}
+    tasks = range(len(settings.tasks))
+    mine = {key: [hash_rows(data, t) for t in tasks] for key, data in (("train", train), ("test", test))}
     if settings.extend:
         theirs = load_rows(settings.extend)
         mine["train"][: len(theirs["train"])] = theirs["train"]
@@ -274,9 +274,8 @@ def _check_gained(settings, folder, train, test, n):
     hashes = load_rows(folder)
     if not hashes["train"]:
         raise ConfigError(f"{what} (it did not record its rows one by one, so that more of them cannot be told)")
-    mine = hash_rows(test)
     for t in range(n):
-        if not mine[test.rows(t).cpu()].equal(hashes["test"][t]):
+        if not hash_rows(test, t).equal(hashes["test"][t]):
             raise ConfigError(f"{what}: the test rows of task {t} (counted from 0) have changed")
         if find_rows(train, t, hashes["train"][t]) is None:
             why = "; with --samples others are chosen of more" * (settings.samples is not None)
