@@ -28,13 +28,14 @@ for part in ${PARTS:-small draw conv5 conv20 why multitask}; do
   small)
     for seed in $SEEDS; do
       run modelzoo.py "zoo-$seed" "${small[@]}" --continual --num_rounds 15 --seed "$seed"
+      run modelzoo.py "inherit-$seed" "${small[@]}" --continual --num_rounds 15 --inherit --seed "$seed"
       run multihead.py "joint15-$seed" "${small[@]}" --num_tasks 15 --seed "$seed"
     done
     for seed in "${isolated[@]}"; do
       run modelzoo.py "isolated-$seed" "${small[@]}" --continual --num_rounds 15 --tasks_per_round 1 --seed "$seed"
     done
-    all=($(runs zoo) $(singles isolated) $(runs joint15) $(ensembles isolated))
-    "$PYTHON" tools/plot.py seen $(runs zoo isolated) --file "$figures/seen.png"
+    all=($(runs zoo inherit) $(singles isolated) $(runs joint15) $(ensembles isolated))
+    "$PYTHON" tools/plot.py seen $(runs zoo inherit isolated) --file "$figures/seen.png"
     "$PYTHON" tools/plot.py dots "${all[@]}" --file "$figures/bars.png"
     ;;
   draw)  # the draw, the tasks a round, limited replay
