@@ -152,7 +152,7 @@ def read_settings(prog, method, argv=None):
     p = make_parser(prog, about)
     add_flags(p)
     p.add_argument("--val_frac", type=float, help="share of the training rows of every class that is held out")
-    p.add_argument("--dry_run", action="store_true", help="say what the run would take, write nothing, train nothing")
+    p.add_argument("--dry_run", action="store_true", help="say what the run would take; no run folder, no training")
     return make_settings(method, vars(p.parse_args(argv)))
 
 

@@ -45,7 +45,7 @@ def estimate(settings, device, precision, train, test, plan):
     files = logits + nets * (len(plan) if settings.save_nets else settings.inherit)
     images = sum(data.images.numel() for data in (train, test))
     timed = f"{1000 * step[max(step)]:.1f} ms per batch of {max(step)}"
-    say_folded(f"dry run, nothing written: {epochs * sum(rows for _, rows in plan):,} rows in {steps:,} steps, "
+    say_folded(f"dry run, no run folder written: {epochs * sum(rows for _, rows in plan):,} rows in {steps:,} steps, "
         f"about {clock(statistics.mean(seconds))} per round ({clock(min(seconds))} to {clock(max(seconds))}), "
         f"{clock(left)} in all{' that is left' * bool(found)} ({timed}); images {images / 1e6:.1f} MB, learners' files "
         f"{files / 1e6:.1f} MB")  # fmt: skip
