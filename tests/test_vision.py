@@ -111,6 +111,7 @@ def vision(workspace, monkeypatch):
     return workspace
 
 
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch 2.11, of its own
 def test_a_run_resumes_exactly_predicts_and_is_exported(vision, monkeypatch):
     """8 rows a task in batches of 7: the first learner ends each epoch with one row."""
     checkpoint_every_epoch()
