@@ -59,7 +59,7 @@ def train_epochs(settings, precision, train, tasks, rows, round, start=None, wat
         RunError: the training loss is not finite.
         BadSnapshot: `start` is of another network.
     """
-    device, seed = train.images.device, settings.seed
+    device, seed = train.device, settings.seed
     classes = [train.classes[t] for t in tasks]
     net = build_net(settings.model, train.images.shape[1:], classes, settings.dropout, derive_seed(seed, round, "init"))
     if backbone:

@@ -151,9 +151,9 @@ def hold_out(train, share=0.2, folder=None):
             images = allocate((len(rows), *train.images.shape[1:]), f"{len(rows):,} images", folder)
             torch.index_select(train.images, 0, rows, out=images)
         else:
-            images = train.images[rows.to(train.images.device)]
+            images = train.images[rows.to(train.device)]
         starts = torch.searchsorted(rows, torch.tensor(train.starts)).tolist()
-        return replace(train, images=images, labels=labels[rows].to(train.labels.device), starts=tuple(starts))
+        return replace(train, images=images, labels=labels[rows].to(train.device), starts=tuple(starts))
 
     return subset(~held), subset(held)
 

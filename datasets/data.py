@@ -32,7 +32,7 @@ class NoRows(DataError):
 
 @dataclass(frozen=True)
 class TaskData:
-    """The rows of all tasks, of one split (train or test), on one device.
+    """The rows of all tasks, of one split (train or test), on one device; images too many for it stay on the host.
 
     Attributes:
         images: [N, C, H, W] uint8, sorted by task.
@@ -50,9 +50,14 @@ class TaskData:
     flip: bool
     class_names: tuple[tuple[str, ...], ...] = ()
 
+    @property
+    def device(self):
+        """Where the networks run that take these rows."""
+        return self.labels.device
+
     def rows(self, t):
         """Row numbers of task t, [N_t] int64."""
-        return torch.arange(self.starts[t], self.starts[t + 1], device=self.images.device)
+        return torch.arange(self.starts[t], self.starts[t + 1], device=self.device)
 
     def first(self, n):
         """The data of the first n tasks alone."""
@@ -60,9 +65,9 @@ class TaskData:
         return replace(self, images=self.images[:end], labels=self.labels[:end], starts=self.starts[: n + 1],
                        classes=self.classes[:n], class_names=self.class_names[:n])  # fmt: skip
 
-    def to(self, device):
-        """The same data on `device`."""
-        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+    def to(self, device, images=True):
+        """The same data on `device`; with `images` false they stay where they are."""
+        return replace(self, images=self.images.to(device) if images else self.images, labels=self.labels.to(device))
 
 
 def make_tasks(images, labels, tasks, flip, samples=None, noisy_from=None, generator=None, name=str):
@@ -325,7 +330,7 @@ def find_rows(data, t, hashes):
     for row, number in enumerate(hash_rows(data, t).tolist(), data.starts[t]):
         places.setdefault(number, []).append(row)
     found = [places[number].pop(0) if places.get(number) else -1 for number in hashes.tolist()]
-    return None if -1 in found else torch.tensor(found, dtype=torch.int64, device=data.images.device)
+    return None if -1 in found else torch.tensor(found, dtype=torch.int64, device=data.device)
 
 
 def checksum(train, test):

@@ -103,12 +103,24 @@ def graphs(monkeypatch):
     return made
 
 
-def learn(model, precision, capture="auto", **more):
+class OnHost:
+    """Images of another device than the rows."""
+
+    device = torch.device("cpu", 0)
+
+    def __init__(self, images):
+        self.images, self.shape = images, images.shape
+
+    def __getitem__(self, rows):
+        return self.images[rows]
+
+
+def learn(model, precision, capture="auto", place=lambda images: images, **more):
     """6 steps an epoch of which the last is short, predictions between epochs; returns losses and weights."""
     size = {"conv": 24, "wrn": 12}.get(model[:4].rstrip("1"), 32)
     net = build_net(model, (3, size, size), [3, 2], 0.2, seed=1)
     g = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (22, 3, size, size), dtype=torch.uint8, generator=g)
+    images = place(torch.randint(0, 256, (22, 3, size, size), dtype=torch.uint8, generator=g))
     rows = torch.arange(22)
     generators = {key: torch.Generator().manual_seed(3) for key in ("shuffle", "augment", "dropout")}
     set_dropout_generator(net, generators["dropout"])
@@ -146,6 +158,13 @@ def test_captured_equals_plain_bit_for_bit(graphs, capsys, model, precision, mor
     rounding = {"rtol": 1e-2, "atol": 1e-3} if model == "mobilenet_v3_small" else {}
     assert_same(captured, plain, **rounding)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("capture", ["auto", "off"])
+@pytest.mark.parametrize("augment", [True, False])
+def test_images_that_stay_on_the_host_change_nothing(graphs, capsys, capture, augment):
+    assert_same(learn("conv", "fp32", capture, OnHost, augment=augment), learn("conv", "fp32", "off", augment=augment))
+    assert len(graphs) == (capture == "auto") and capsys.readouterr().err == ""
 
 
 def test_training_resumes_inside_a_learner_that_is_captured(graphs):

@@ -186,7 +186,7 @@ def wrap_net(method, make_net, train, augment, precision, generator):
     from tools.peer_methods import Packed, Progressive, Wrapped
 
     def read_images(rows, training):
-        x = train.images[rows.to(train.images.device)]
+        x = train.images[rows.to(train.images.device)].to(train.device)
         return sample_crops(x, train.flip, generator) if augment and training else x
 
     tasks = range(len(train.classes))
@@ -291,7 +291,7 @@ def train_peer(settings, precision, train, test, log):
     Returns:
         matrix, rounds, cost: see `grow_zoo` in modelzoo.py.
     """
-    device, seed, num_tasks = train.images.device, settings.seed, len(train.classes)
+    device, seed, num_tasks = train.device, settings.seed, len(train.classes)
     random.seed(derive_seed(seed, 0, "avalanche"))  # Avalanche draws from the global generators
     torch.manual_seed(derive_seed(seed, 0, "avalanche"))
     keep_freed_memory()

@@ -49,7 +49,8 @@ def record_graph(step, generators, device):
         for generator in generators:
             graph.register_generator_state(generator)
     try:
-        with torch.cuda.graph(graph, stream=side_stream(device)):
+        # Only this thread is bound by the rules of a recording: another may be fetching the next batch meanwhile.
+        with torch.cuda.graph(graph, stream=side_stream(device), capture_error_mode="thread_local"):
             step()
     except RuntimeError:
         # A recording that fails leaves the side stream as the current one, and generators that refuse to draw.
@@ -72,16 +73,20 @@ def capture_step(step, state, generators, device):
     be recorded, one line says so, the plain step's result stands, and every later call is a plain one.
 
     Args:
-        step: a function of one tensor, the rows of a batch; all else that it reads or writes stays where it is in
-            memory, and it never waits for the device.
+        step: a function of tensors, the rows of a batch and, where they come from the host, their images; all else that
+            it reads or writes stays where it is in memory, and it never waits for the device.
         state: a function without arguments: the tensors that a step changes.
         generators: that it draws from, on the device.
         device: of it all.
 
     Returns:
-        A function of one tensor, always of the same shape.
+        A function of the same tensors, always of the same shapes.
     """
-    calls, rows, replay = 0, None, None
+    calls, given, replay = 0, None, None
+
+    def copy(batch):
+        for x, value in zip(given, batch, strict=True):
+            x.copy_(value)
 
     def read():
         return [x.clone() for x in state()], [generator.get_state() for generator in generators]
@@ -92,19 +97,19 @@ def capture_step(step, state, generators, device):
         for generator, value in zip(generators, values[1], strict=True):
             generator.set_state(value)
 
-    def check(i):
+    def check(*batch):
         """Why the replay is not the plain step, or ""; the state is that after the plain step."""
-        nonlocal rows, replay
+        nonlocal given, replay
         before = read()
         with on_side_stream(device):
-            step(i)
+            step(*batch)
         expected = read()
         write(before)
         try:
             if replay is None:
-                rows = i.clone()
-                replay = record_graph(lambda: step(rows), generators, device)
-            rows.copy_(i)
+                given = [x.clone() for x in batch]
+                replay = record_graph(lambda: step(*given), generators, device)
+            copy(batch)
             replay()
             found = read()
             same = all(x.equal(y) for of_found, of_expected in zip(found, expected, strict=True)
@@ -117,17 +122,17 @@ def capture_step(step, state, generators, device):
         write(expected)
         return why
 
-    def call(i):
+    def call(*batch):
         nonlocal calls, replay
         calls += 1
-        if WARM_UP < calls <= WARM_UP + CHECKS and (why := check(i)):
+        if WARM_UP < calls <= WARM_UP + CHECKS and (why := check(*batch)):
             _note(why)
             calls, replay = WARM_UP + CHECKS, None
         elif calls > WARM_UP + CHECKS and replay:
-            rows.copy_(i)
+            copy(batch)
             replay()
         elif calls <= WARM_UP or calls > WARM_UP + CHECKS:
             with on_side_stream(device):
-                step(i)
+                step(*batch)
 
     return call

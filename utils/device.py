@@ -61,6 +61,11 @@ def _try_gpu(device):
                           "another one or cpu") from e  # fmt: skip
 
 
+def free_memory(device):
+    """Bytes that are free on a GPU; infinitely many on a CPU, where images lie already."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+
+
 def out_of_memory(e):
     """Whether an exception says, in torch's or a library's words, that memory ran out on whichever device."""
     words = ("can't allocate memory", "unable to find an engine", "ALLOC_FAILED", "out of memory")

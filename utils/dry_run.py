@@ -54,7 +54,7 @@ def estimate(settings, device, precision, train, test, plan):
 
 def time_step(net, settings, precision, train, most, size):
     """Seconds of a training step on `size` rows of the first `most` tasks: of two, after as many as warm it up."""
-    device = train.images.device
+    device = train.device
     ends = torch.tensor(train.starts[1 : most + 1], device=device)
     rows = torch.arange(2 * size, device=device) % train.starts[most]
     heads = torch.bucketize(rows, ends, right=True)

@@ -78,7 +78,7 @@ def load_learner(path, train, test, tasks, seen, log):
     shapes = {"train_logits": [(len(rows), train.classes[t]) for t, rows in zip(tasks, seen, strict=True)],
               "test_logits": [(len(test.rows(t)), test.classes[t]) for t in tasks]}  # fmt: skip
     try:
-        learner = make_learner(saved, train.images.device)
+        learner = make_learner(saved, train.device)
         found = {key: [tuple(x.shape) for x in getattr(learner, key) if x.dtype == torch.float32] for key in shapes}
         finite = all(torch.isfinite(x).all() for key in shapes for x in getattr(learner, key))
         counted = all(isinstance(getattr(learner, key), (int, float)) for key in COST)

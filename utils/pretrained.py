@@ -97,12 +97,12 @@ def freeze_backbone(settings, precision, folder, *splits):
     net.backbone.load_state_dict(load_weights(settings, given.shape[1:]))
     if folder is not None and not (folder / "frozen.pt").exists():
         save_tensors(folder / "frozen.pt", describe_net(settings, precision, given.shape[1:], [2], net))
-    net.to(given.device, memory_format=torch.channels_last).eval()
+    device = splits[0].device
+    net.to(device, memory_format=torch.channels_last).eval()
 
     @torch.no_grad()
     def extract(images):
-        return torch.cat([run_backbone(net, images[i], precision).float()
-                          for i in torch.arange(len(images), device=given.device).split(256)])  # fmt: skip
+        return torch.cat([run_backbone(net, part.to(device), precision).float() for part in images.split(256)])
 
     parameters = sum(p.numel() for p in net.backbone.parameters())
     return *(split and replace(split, images=extract(split.images)) for split in splits), parameters

@@ -12,7 +12,7 @@ from datasets.data import checksum, find_rows, hash_rows, replay_repeats
 from net.build_net import build_net
 from utils import metrics
 from utils.config_files import ConfigError, load_yaml
-from utils.device import choose_device, choose_precision, default_threads, describe_hardware
+from utils.device import choose_device, choose_precision, default_threads, describe_hardware, free_memory
 from utils.learner import learner_path, load_run
 from utils.log import RunLog, print_result, say_folded, task_names
 from utils.pretrained import load_weights
@@ -58,9 +58,13 @@ def prepare(settings, loaded=None):
         raise ConfigError(f"{settings.hp_config}: {e}; those of {settings.data_config} have {size}") from e
     if settings.weights:
         load_weights(settings, train.images.shape[1:])
-    size = (train.images.numel() + test.images.numel()) / 1e9
-    with naming_memory(f"{device}: too little memory for the images, {size:.1f} GB; try --samples or --device cpu"):
-        return device, precision, train.to(device), test.to(device)
+    size = train.images.numel() + test.images.numel()
+    room = free_memory(device)
+    if size > room / 2:  # training wants the other half
+        say_folded(f"{device} has {room / 1e9:.1f} GB of memory free: the images, {size / 1e9:.1f} GB, stay in the "
+                   "machine's memory, and each batch is fetched from there")  # fmt: skip
+    with naming_memory(f"{device}: too little memory for the labels; try --samples or --device cpu"):
+        return device, precision, *(data.to(device, images=size <= room / 2) for data in (train, test))
 
 
 def recorded_threads(settings):

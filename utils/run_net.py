@@ -4,6 +4,7 @@ import ctypes
 import hashlib
 import itertools
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import nn
@@ -182,6 +183,30 @@ def keep_freed_memory():
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
+def fetch_ahead(images, parts, device):
+    """Yield the images of each part on `device`; from the host's memory the next ones are gathered meanwhile.
+
+    Args:
+        images: [N, C, H, W], on the device or in the host's memory.
+        parts: row numbers of each, [b] int64, where the images are.
+        device: where they are wanted.
+    """
+    if images.device == device:
+        yield from map(images.__getitem__, parts)
+        return
+
+    def gather(i):
+        x = images[i]
+        return x.pin_memory() if device.type == "cuda" else x  # so that the copy need not be waited for
+
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(gather, parts[0])
+        for i in [*parts[1:], None]:
+            x = ahead.result()
+            ahead = None if i is None else pool.submit(gather, i)
+            yield x.to(device, non_blocking=True)
+
+
 def train_net(net, images, rows, heads, labels, *, epochs, batch, lr, l2_reg, schedule, augment, flip, precision,
               generators, optimiser="sgd", momentum=0.9, warmup=0.0, lr_min=0.0, clip_norm=None, label_smoothing=0.0,
               weights=None, validate=None, best_epoch=False, capture="auto", start=None, watch=None):  # fmt: skip
@@ -193,7 +218,8 @@ def train_net(net, images, rows, heads, labels, *, epochs, batch, lr, l2_reg, sc
 
     Args:
         net: `MultiHead`, on the device of the data.
-        images: [N, C, H, W] uint8, all training rows; or [N, D] float32, their features.
+        images: [N, C, H, W] uint8, all training rows; or [N, D] float32, their features. Where they are too many for
+            the device they are in the host's memory, and each batch comes from there.
         rows: [n] int64, the rows to train on; one may stand there several times.
         heads: [n] int64, the head of each.
         labels: [n] int64, the class of each within its task.
@@ -221,7 +247,7 @@ def train_net(net, images, rows, heads, labels, *, epochs, batch, lr, l2_reg, sc
     Raises:
         BadSnapshot: `start` is of another network.
     """
-    device = images.device
+    device = rows.device
     keep_freed_memory()
     net.to(memory_format=torch.channels_last)
     rate = torch.zeros((), device=device)
@@ -244,16 +270,22 @@ def train_net(net, images, rows, heads, labels, *, epochs, batch, lr, l2_reg, sc
     # Summed on the device and read once an epoch, so that no step waits for the host.
     loss_sum, correct = torch.zeros(2, dtype=torch.float64, device=device)
 
-    def take_images(i):
-        x = images[rows[i]]
+    def take_images(i, x=None):
+        x = images[rows[i]] if x is None else x
         return sample_crops(x, flip, generators["augment"]) if augment else x
 
     def shuffle():
         return torch.randperm(len(rows), generator=generators["shuffle"], device=device).split(batch)
 
-    def take_step(i):
+    def fetch(parts):
+        """Of each part of an epoch the images, in a tuple, where they come from the host; else nothing."""
+        if images.device == device:
+            return itertools.repeat((), len(parts))
+        return zip(fetch_ahead(images, rows.cpu()[torch.cat(parts).cpu()].split(batch), device))
+
+    def take_step(i, x=None):
         head, label = heads[i], labels[i]
-        logits = forward(net, take_images(i), head, precision)
+        logits = forward(net, take_images(i, x), head, precision)
         if label_smoothing or weights is not None:
             losses = row_losses(logits, label, label_smoothing)
             loss = (losses if weights is None else losses * weights[i]).mean()
@@ -281,13 +313,15 @@ def train_net(net, images, rows, heads, labels, *, epochs, batch, lr, l2_reg, sc
         loss_sum.zero_()
         correct.zero_()
         net.train()  # between epochs the caller may have had it predict
-        for i in watch(shuffle(), loss_sum) if watch else shuffle():
+        parts = shuffle()
+        for i, x in zip(watch(parts, loss_sum) if watch else parts, fetch(parts), strict=True):
             rate.fill_(now := learning_rate(schedule, lr, step, steps, rising, lr_min))
-            (take_full_step if len(i) == batch else take_step)(i)
+            (take_full_step if len(i) == batch else take_step)(i, *x)
             step += 1
         means = {"train_loss": loss_sum.item() / len(rows), "train_accuracy": correct.item() / len(rows)}
         if epoch + 1 == epochs or validate:
-            renew_batch_norm(net, map(take_images, shuffle()), precision)
+            parts = shuffle()[:NORM_BATCHES]
+            renew_batch_norm(net, (take_images(i, *x) for i, x in zip(parts, fetch(parts), strict=True)), precision)
         if validate:
             means |= validate()
             if best_epoch and (best is None or means["val_accuracy"] > best["val_accuracy"]):
@@ -312,12 +346,13 @@ def predict_logits(net, images, rows, head, num_classes, precision, most=1000):
     """
     net.eval()
     # A GPU wants many rows, but fewer of larger images; on a CPU more fall out of the caches and take twice as long.
-    batch = max(1, min(1000, 1000 * 32 * 32 // images.shape[2:].numel())) if images.is_cuda else 128
+    batch = max(1, min(1000, 1000 * 32 * 32 // images.shape[2:].numel())) if rows.is_cuda else 128
     batch = max(1, min(batch, most, len(rows)))
     while True:
+        parts = rows.to(images.device).split(batch)
         try:
-            return torch.cat([forward(net, images[i], torch.full_like(i, head), precision)[:, :num_classes]
-                              for i in rows.split(batch)])  # fmt: skip
+            return torch.cat([forward(net, x, rows.new_full((len(x),), head), precision)[:, :num_classes]
+                              for x in fetch_ahead(images, parts, rows.device)])  # fmt: skip
         except (RuntimeError, MemoryError) as e:
             if batch == 1 or not out_of_memory(e):
                 raise
