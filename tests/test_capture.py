@@ -335,7 +335,7 @@ def test_a_recording_that_fails_leaves_stream_and_generators_as_they_were(monkey
             events.append("register")
 
     @contextlib.contextmanager
-    def fails(graph, stream):
+    def fails(graph, stream, capture_error_mode):
         events.append(("on", stream))
         yield
 
