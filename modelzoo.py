@@ -9,7 +9,6 @@ import sys
 import before_torch  # noqa: F401  # isort: skip
 import torch
 
-from datasets.build_dataset import hold_out
 from datasets.data import make_images, replay_repeats, sample_replay
 from multihead import train_or_load
 from utils.command import command
@@ -20,7 +19,7 @@ from utils.learner import COST, WARM, load_run
 from utils.log import task_names
 from utils.metrics import accuracy, log_probs, negative_log_likelihood
 from utils.pretrained import freeze_backbone
-from utils.run import check_extension, find_looked_at, finish, open_run, plan_rounds, prepare
+from utils.run import check_extension, find_looked_at, finish, open_run, plan_rounds, prepare, split_val
 from utils.run_net import make_generator, predict_logits
 
 
@@ -204,7 +203,7 @@ def run(settings, loaded=None):
         RunError: training diverged or the disk refused; what was written before is safe.
     """
     device, precision, train, test = prepare(settings, loaded)
-    train, val = hold_out(train, settings.val_frac, settings.data_dir) if settings.val_frac else (train, None)
+    train, val = split_val(settings, train)
     old = check_extension(settings, device, precision, train, test)
     plan = plan_rounds(settings, train)
     if settings.dry_run:

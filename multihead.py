@@ -8,7 +8,6 @@ from dataclasses import replace
 import before_torch  # noqa: F401  # isort: skip
 import torch
 
-from datasets.build_dataset import hold_out
 from net.build_net import build_net, set_dropout_generator
 from utils import metrics
 from utils.command import command
@@ -27,7 +26,7 @@ from utils.learner import (
     save_learner,
 )
 from utils.pretrained import freeze_backbone, load_weights
-from utils.run import finish, open_run, prepare
+from utils.run import finish, open_run, prepare, split_val
 from utils.run_folder import RunError, set_aside
 from utils.run_net import BadSnapshot, derive_seed, make_generator, predict_logits, train_net
 
@@ -195,7 +194,7 @@ def train_or_load(settings, precision, train, test, tasks, rows, seen, round, fo
 def run(settings, loaded=None):
     """Train Multi-Head in its run folder and return its result; `loaded` and errors as of `modelzoo.run`."""
     device, precision, train, test = prepare(settings, loaded)
-    train, val = hold_out(train, settings.val_frac, settings.data_dir) if settings.val_frac else (train, None)
+    train, val = split_val(settings, train)
     tasks = list(range(len(settings.tasks)))
     rows = [train.rows(t) for t in tasks]
     plan = [(len(tasks), len(train.labels))]

@@ -13,7 +13,7 @@ from datasets.memory import allocate
 from datasets.mini_imagenet import load_mini_imagenet
 from datasets.mnist import load_mnist
 from datasets.modmnist import modify
-from datasets.npz import load_npz
+from datasets.npz import load_npz, load_val
 
 PHOTOGRAPHS = ("cifar10", "cifar100", "mini_imagenet", "image_folder")  # a mirrored one still shows its class
 
@@ -116,6 +116,25 @@ def load_whole(*data):
         rows = torch.isin(targets, labels).nonzero().squeeze(1)
         whole.append((images[rows], targets[rows]))
     return tuple(whole), tasks, names
+
+
+def build_val(train, tasks, data_dir, path):
+    """The rows that an npz file brings for validation, as `TaskData` on the CPU.
+
+    Args:
+        train: `TaskData` of its training rows.
+        tasks, data_dir, path: as for `build_dataset`.
+
+    Raises:
+        DataError: it has none, or none of a label, or images of another size.
+    """
+    found = load_val(inside(data_dir, path))
+    if found is None:
+        raise DataError(f"--val_frac: file: {path} has no val_images and val_labels; give a share, such as 0.1")
+    try:
+        return replace(make_tasks(*found, tasks, train.flip), class_names=train.class_names)
+    except NoRows as e:
+        raise DataError(f"{path}: {e} among the val images") from e
 
 
 def hold_out(train, share=0.2, folder=None):

@@ -56,6 +56,8 @@ def test_a_mistake_in_a_key_is_one_line(workspace, capsys, keys, message):
 @pytest.mark.parametrize("words, message", [
     (("--val_frac", "0"), "--val_frac: 0.0 must be above 0"),
     (("--val_frac", "1"), "--val_frac: 1.0 must be above 0 and below 1"),
+    (("--val_frac", "files"), "argument --val_frac: invalid share value: 'files'"),
+    (("--val_frac", "file"), "--val_frac: file: toy.npz has no val_images and val_labels; give a share, such as 0.1"),
     (("--val_frac", "0.2", "--samples", "1"), "has a single training row: none can be held out"),
     (("--lr", "0"), "--lr: 0.0 must be above 0"),
     (("--batch", "0"), "--batch: 0 must be at least 1"),
@@ -121,6 +123,28 @@ def test_a_run_validates_on_rows_that_no_learner_trains_on(workspace, monkeypatc
     assert last["val_loss"] == pytest.approx(-log_probs[torch.arange(4), labels].mean().item(), rel=1e-3)
     assert last["val_accuracy"] == (log_probs.argmax(1) == labels).double().mean().item()
     assert saved["config"]["val_frac"] == 0.2 and len(learner["train_logits"][0]) == 16
+
+
+def test_rows_that_the_file_brings_for_it(workspace, capsys):
+    """The val rows of class 1 are those of class 0 with the wrong label: a learner that tells all is right on half."""
+    arrays = make_arrays()
+    of = {c: arrays["train_images"][arrays["train_labels"] == c] for c in range(6)}
+    wrong = [of[0][:4], of[0][4:8], *(of[c][:4] for c in range(2, 6))]
+    val = {"val_images": np.concatenate(wrong), "val_labels": np.repeat(np.arange(6, dtype=np.uint8), 4)[:, None]}
+    np.savez(workspace / "data/toy.npz", **arrays, **val)
+    write_yaml(workspace / "hp.yaml", CONV | {"epochs": 8})
+    more = ("--continual", "--val_frac", "file", "--precision", "fp32")
+    result = start(workspace, "a", *more)
+    assert result["rows_trained"] == 8 * (20 + 40 + 60) and result["average_accuracy"] == 1
+    lines = [json.loads(line) for line in (workspace / "runs/a/log.jsonl").read_text().splitlines()]
+    last = [line["val_accuracy"] for line in lines if line.get("epoch") == 7]
+    assert last == pytest.approx([1 / 2, 3 / 4, 5 / 6])
+    assert "class_names" in result
+    np.savez(workspace / "data/toy.npz", **arrays, **{key: x[:20] for key, x in val.items()})
+    words = flags(workspace, "--name", "b", *more)
+    assert command("modelzoo.py", "modelzoo", modelzoo.run, words) == 2
+    assert "toy.npz: label 5 has no rows among the val images" in capsys.readouterr().err
+    assert not (workspace / "runs/b").exists()
 
 
 def test_the_best_epoch_is_kept_the_first_of_several(workspace, monkeypatch):

@@ -56,7 +56,7 @@ class Settings:
     precision: str
     task_order: int = 0  # seed of the order of the file's tasks; 0: as written
     threads: int | None = None  # None: those of the run that is resumed, else by machine and network
-    val_frac: float | None = None  # of the training rows of every class, held out
+    val_frac: float | str | None = None  # of the training rows of every class, held out; or "file": the file's own
     continual: bool = False
     num_rounds: int = 1
     tasks_per_round: int = 0
@@ -86,6 +86,11 @@ class Parser(argparse.ArgumentParser):
             for near in difflib.get_close_matches(flag[1], self._option_string_actions, 1):
                 message += f"; did you mean {near}?"
         raise ConfigError(one_line(message, 500))
+
+
+def share(text):
+    """What --val_frac takes: a number, or "file"."""
+    return text if text == "file" else float(text)
 
 
 def make_parser(prog, about):
@@ -151,7 +156,8 @@ def read_settings(prog, method, argv=None):
     }[method]  # fmt: skip
     p = make_parser(prog, about)
     add_flags(p)
-    p.add_argument("--val_frac", type=float, help="share of the training rows of every class that is held out")
+    p.add_argument("--val_frac", type=share,
+                   help="share of the training rows of every class that is held out; file: the val rows of an npz file")
     p.add_argument("--dry_run", action="store_true", help="say what the run would take; no run folder, no training")
     return make_settings(method, vars(p.parse_args(argv)))
 
@@ -190,7 +196,11 @@ def make_settings(method, flags, kind=Settings):
     if flags.get("num_tasks"):
         data = _keep_tasks(data, flags["num_tasks"])
     hyper = read_hyperparam(flags["hp_config"], {key: flags.get(key) for key in ("epochs", "batch", "lr")})
-    if flags.get("val_frac") is not None:
+    if flags.get("val_frac") == "file":
+        if data["dataset"] != "npz":
+            raise ConfigError(f"--val_frac: file: only an npz file brings rows for it; {flags['data_config']} has "
+                              f"dataset {data['dataset']}: give a share, such as 0.1")  # fmt: skip
+    elif flags.get("val_frac") is not None:
         check("--val_frac", flags["val_frac"], float, above=0, below=1)
     elif hyper["best_epoch"]:
         raise ConfigError(f"{flags['hp_config']}: best_epoch: needs --val_frac, the share of rows that it looks at")

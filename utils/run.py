@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from datasets.build_dataset import build_dataset
+from datasets.build_dataset import build_dataset, build_val, hold_out
 from datasets.data import checksum, find_rows, hash_rows, replay_repeats
 from net.build_net import build_net
 from utils import metrics
@@ -65,6 +65,22 @@ def prepare(settings, loaded=None):
                    "machine's memory, and each batch is fetched from there")  # fmt: skip
     with naming_memory(f"{device}: too little memory for the labels; try --samples or --device cpu"):
         return device, precision, *(data.to(device, images=size <= room / 2) for data in (train, test))
+
+
+def split_val(settings, train):
+    """The training rows, and those of --val_frac: held out of them, or the file's own (None: there are none).
+
+    Args:
+        settings: the run's.
+        train: `TaskData` on the training device.
+
+    Raises:
+        DataError: see `hold_out` and `build_val`.
+    """
+    if settings.val_frac == "file":
+        val = build_val(train, settings.tasks, settings.data_dir, settings.path)
+        return train, val.to(train.device, images=train.images.device == train.device)
+    return hold_out(train, settings.val_frac, settings.data_dir) if settings.val_frac else (train, None)
 
 
 def recorded_threads(settings):
