@@ -118,7 +118,8 @@ def draw_methods(groups):
     """A panel per method: a thin line for each task from where it arrives, and the mean over the tasks seen so far."""
     frame = make_frame(groups, "round")
     last = max(len(group.runs[0].matrix) for group in groups if _has_curves(group.runs[0]))
-    figure, axes = _panels(len(groups), 2 if len(groups) == 4 else 3, last, "tasks seen", SMALL_WIDTH)
+    columns = 2 if len(groups) == 4 else math.ceil(len(groups) / math.ceil(len(groups) / 4))
+    figure, axes = _panels(len(groups), columns, last, "tasks seen", WIDTH if columns == 4 else SMALL_WIDTH)
     thin, order = (1, 3) if last <= 10 else (0.6, 5)  # the mean stands behind a few lines and before many
     for i, (axis, group) in enumerate(zip(axes, groups, strict=True)):
         rows, colour = frame[frame["group"] == group.label], COLOURS[i % len(COLOURS)]
