@@ -113,8 +113,9 @@ def test_compute_by_hand(tmp_path):
     for epochs, rows, finals in ((5, 500, (0.72, 0.7, 0.74)), (1, 100, (0.5, 0.6, 0.7))):
         for seed, x in enumerate(finals):
             cost = (1.0, rows, 40)
-            runs.append(make_run(tmp_path / f"{epochs}-{seed}", [[x]], seed=seed, epochs=epochs, cost=cost))
-    other = make_run(tmp_path / "other", [[0.9]], method="multihead", epochs=5, cost=(1.0, 200, 80))
+            settings = {"seed": seed, "epochs": epochs, "augment": epochs > 1}  # a single epoch is not augmented
+            runs.append(make_run(tmp_path / f"{epochs}-{seed}", [[x]], cost=cost, **settings))
+    other = make_run(tmp_path / "other", [[0.9]], method="multihead", epochs=5, augment=True, cost=(1.0, 200, 80))
     figure = figure_of("compute", [*runs, other])
     work, parameters, _ = figure.axes
     zoo, joint = work.lines
@@ -124,6 +125,9 @@ def test_compute_by_hand(tmp_path):
     assert [text.get_text() for text in work.texts] == ["1", "5", "5"]
     assert work.get_xscale() == "log" and [text.get_text() for text in figure.legends[0].get_texts()] == [
         "Model Zoo", "Multi-Head"]  # fmt: skip
+    figure.canvas.draw()
+    ticks = {text.get_text() for axis in (work, parameters) for text in axis.get_xticklabels(which="both")}
+    assert {"10G", "20G", "50"} <= ticks and not any("$" in text for text in ticks)
     # The band of three seeds at 5 epochs: 72 ± 4.302653 x 2 / sqrt(3); whiskers where points stand above each other.
     band = work.collections[0].get_paths()[0].vertices[:, 1]
     assert max(band[band > 72]) == pytest.approx(60 + 24.8414) and 72 + 4.96828 in [pytest.approx(y) for y in band]

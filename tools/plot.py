@@ -262,6 +262,8 @@ def _fold(label, width=34):
 
 def draw_compute(groups):
     """Average accuracy against what it costs to train and to keep; a line joins several lengths of training."""
+    from matplotlib.ticker import EngFormatter, LogLocator
+
     figure = make_figure(3.9)
     axes = figure.subplots(1, 3, sharey=True)
     handles, several = {}, False
@@ -281,11 +283,15 @@ def draw_compute(groups):
         for x, mean, group in zip(costs, means, line, strict=True):
             axes[0].annotate(f"{group.runs[0].settings.get('epochs', '')}", (x[0], mean), (0, 4), fontsize=5.5,
                              textcoords="offset points", ha="center", color=colour)  # fmt: skip
-    titles = ("operations of training", "parameters stored", "training rows stored")
-    for axis, title, scale in zip(axes, titles, ("log", "log", "linear"), strict=True):
-        axis.set_xscale(scale)
+    titles = ("floating-point operations of training", "parameters stored", "training rows stored")
+    for axis, title in zip(axes, titles, strict=True):
         axis.set_title(title)
         axis.grid(color="#dddddd", linewidth=0.5)
+    for axis in axes[:2]:
+        axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 20T, 5M: the usual one needs mathematical text
+        axis.xaxis.set_minor_formatter("")
     axes[2].xaxis.set_major_formatter("{x:,.0f}")
     axes[2].locator_params(axis="x", nbins=4)
     axes[0].set_ylabel("average accuracy (%)")

@@ -432,10 +432,15 @@ def tell_apart(runs):
 
 
 def join_lengths(groups):
-    """Groups that differ in the length of training only, as lines: a list of (label, groups by their epochs)."""
+    """Groups that differ in the length of training only, as lines: a list of (label, groups by their epochs).
+
+    A single epoch is never augmented, and joins longer ones that are.
+    """
+    longer = {group.runs[0].settings.get("augment") for group in groups if group.runs[0].settings.get("epochs") != 1}
 
     def rest(run):
-        settings = {key: value for key, value in run.settings.items() if key != "epochs"}
+        left_out = ("epochs", "augment") if len(longer) == 1 else ("epochs",)
+        settings = {key: value for key, value in run.settings.items() if key not in left_out}
         return replace(run, settings=settings, members=tuple(map(rest, run.members)))
 
     lines = {}
