@@ -29,7 +29,7 @@ from utils.command import guard, name_batch
 from utils.config_files import ConfigError, dump_yaml, load_yaml
 from utils.device import choose_device, choose_precision, describe_hardware
 from utils.log import RunLog, print_table, say, task_names
-from utils.run import prepare
+from utils.run import place, prepare
 from utils.run_folder import RunError, open_folder, write_file
 from utils.run_net import derive_seed, predict_logits
 from utils.search import read_search
@@ -91,7 +91,7 @@ def trial(chosen, settings, threads, fit, held_out):
     scores = score_epochs if settings.method == "multihead" else score_rounds
     try:
         with name_batch(settings):
-            for score in scores(settings, precision, fit.to(device), held_out.to(device)):
+            for score in scores(settings, precision, *place(device, fit, held_out)):
                 tune.report({"score": score, "note": ""})
     except RunError as e:
         tune.report({"score": 0.0, "note": " ".join(str(e).split())[:200]})

@@ -19,7 +19,7 @@ from utils.learner import COST, WARM, load_run
 from utils.log import task_names
 from utils.metrics import accuracy, log_probs, negative_log_likelihood
 from utils.pretrained import freeze_backbone
-from utils.run import check_extension, find_looked_at, finish, open_run, plan_rounds, prepare, split_val
+from utils.run import check_extension, find_looked_at, finish, open_run, place, plan_rounds, prepare, split_val
 from utils.run_net import make_generator, predict_logits
 
 
@@ -204,6 +204,7 @@ def run(settings, loaded=None):
     """
     device, precision, train, test = prepare(settings, loaded)
     train, val = split_val(settings, train)
+    train, test, val = place(device, train, test, val)
     old = check_extension(settings, device, precision, train, test)
     plan = plan_rounds(settings, train)
     if settings.dry_run:

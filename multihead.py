@@ -26,7 +26,7 @@ from utils.learner import (
     save_learner,
 )
 from utils.pretrained import freeze_backbone, load_weights
-from utils.run import finish, open_run, prepare, split_val
+from utils.run import finish, open_run, place, prepare, split_val
 from utils.run_folder import RunError, set_aside
 from utils.run_net import BadSnapshot, derive_seed, make_generator, predict_logits, train_net
 
@@ -195,6 +195,7 @@ def run(settings, loaded=None):
     """Train Multi-Head in its run folder and return its result; `loaded` and errors as of `modelzoo.run`."""
     device, precision, train, test = prepare(settings, loaded)
     train, val = split_val(settings, train)
+    train, test, val = place(device, train, test, val)
     tasks = list(range(len(settings.tasks)))
     rows = [train.rows(t) for t in tasks]
     plan = [(len(tasks), len(train.labels))]

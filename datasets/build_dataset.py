@@ -132,7 +132,7 @@ def build_val(train, tasks, data_dir, path):
     if found is None:
         raise DataError(f"--val_frac: file: {path} has no val_images and val_labels; give a share, such as 0.1")
     try:
-        return replace(make_tasks(*found, tasks, train.flip), class_names=train.class_names)
+        return make_tasks(*found, tasks, train.flip)
     except NoRows as e:
         raise DataError(f"{path}: {e} among the val images") from e
 
@@ -144,7 +144,7 @@ def hold_out(train, share=0.2, folder=None):
     label that stands in two tasks brings the same rows, in the same order, to both, so both hold out the same ones.
 
     Args:
-        train: `TaskData` of the training rows.
+        train: `TaskData` of the training rows, on the CPU.
         share: of a class's rows, in (0, 1), rounded; at least one row, and not all.
         folder: where images may lie that are too many for the memory (`datasets.memory`).
 
@@ -154,11 +154,12 @@ def hold_out(train, share=0.2, folder=None):
     Raises:
         DataError: a class has a single row, or there is no room for the images.
     """
-    labels = train.labels.cpu()
-    held = torch.zeros(len(labels), dtype=torch.bool)
+    held = torch.zeros(len(train.labels), dtype=torch.bool)
     for t, (first, last) in enumerate(itertools.pairwise(train.starts)):
         for c in range(train.classes[t]):
-            of_class = first + (labels[first:last] == c).nonzero().squeeze(1)
+            of_class = first + (train.labels[first:last] == c).nonzero().squeeze(1)
+            if len(of_class) == 0:  # random labels may leave a class out
+                continue
             if len(of_class) == 1:
                 raise DataError(f"class {c} of task {t} has a single training row: none can be held out beside it")
             n = min(max(1, round(share * len(of_class))), len(of_class) - 1)
@@ -166,13 +167,10 @@ def hold_out(train, share=0.2, folder=None):
 
     def subset(chosen):
         rows = chosen.nonzero().squeeze(1)
-        if train.images.device.type == "cpu":
-            images = allocate((len(rows), *train.images.shape[1:]), f"{len(rows):,} images", folder)
-            torch.index_select(train.images, 0, rows, out=images)
-        else:
-            images = train.images[rows.to(train.device)]
+        images = allocate((len(rows), *train.images.shape[1:]), f"{len(rows):,} images", folder)
+        torch.index_select(train.images, 0, rows, out=images)
         starts = torch.searchsorted(rows, torch.tensor(train.starts)).tolist()
-        return replace(train, images=images, labels=labels[rows].to(train.device), starts=tuple(starts))
+        return replace(train, images=images, labels=train.labels[rows], starts=tuple(starts))
 
     return subset(~held), subset(held)
 

@@ -121,9 +121,12 @@ def load_val(path):
 
     MedMNIST's files have them: rows that are neither trained nor tested on.
     """
-    with zipfile.ZipFile(path) as file:  # `load_npz` has read it
-        if "val_images.npy" not in file.namelist():
-            return None
+    try:
+        with zipfile.ZipFile(path) as file:
+            if "val_images.npy" not in file.namelist():
+                return None
+    except OSError as e:  # on another machine than the one that read its training rows
+        raise DataError(f"{path}: cannot be read ({e.strerror})") from e
     images, labels = _load_split(path, "val")
     if images.shape[1:] != NpzImages(path, "train_images").shape[1:]:
         raise DataError(f"{path}: train_images and val_images are not of one size")

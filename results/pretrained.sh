@@ -5,7 +5,8 @@
 #
 # One network learns the first ten coarse tasks together for 20 epochs (FIRST). The last ten are then learned from
 # scratch, from its backbone, and on its backbone as it stays; and, as it stays, once more from folders of PNG files. The
-# weights and the folders are written below DATA_DIR. See results/common.sh.
+# weights and the folders are written below DATA_DIR; a second shell may share the work once they are there. See
+# results/common.sh.
 . "$(dirname "$0")/common.sh"
 mkdir -p "$OUT"
 coarse=config/dataset/coarse_cifar100.yaml conv=config/hyperparam/conv.yaml

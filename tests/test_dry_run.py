@@ -1,4 +1,4 @@
-"""--dry_run: rows, steps, time and memory by hand; nothing is written."""
+"""--dry_run: rows, steps, time and memory by hand; no run folder is written."""
 import math
 import re
 from pathlib import Path

@@ -30,11 +30,11 @@ def gpu():
           f"{torch.version.cuda}, commit {commit()}")  # fmt: skip
 
 
-def learn(device, model, precision, capture="auto", epochs=2, net=None):
+def learn(device, model, precision, capture="auto", epochs=2, net=None, host=False):
     """Two epochs of 11 full steps and a short one; returns losses and weights."""
     net = net or build_net(model, (3, 32, 32), [3, 2], 0.2, seed=1).to(device)
     images = torch.randint(0, 256, (190, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    images, rows = images.to(device), torch.arange(190, device=device)
+    images, rows = images if host else images.to(device), torch.arange(190, device=device)
     generators = {key: torch.Generator(device).manual_seed(3) for key in ("shuffle", "augment", "dropout")}
     set_dropout_generator(net, generators["dropout"])
     epochs = train_net(net, images, rows, rows % 2, rows % 2, epochs=epochs, batch=16, lr=1e-3, l2_reg=1e-4,
@@ -51,6 +51,13 @@ def test_captured_equals_plain(gpu, capsys, model, precision):
     (losses, net), (plain, twin) = (learn(gpu, model, precision, how) for how in ("auto", "off"))
     assert capsys.readouterr().err == ""  # it was captured, and its first replays were those of the plain step
     assert losses == plain and all(p.equal(q) for p, q in zip(net, twin, strict=True))
+
+
+@pytest.mark.parametrize("how", ["auto", "off"])
+def test_images_that_stay_on_the_host_change_nothing(gpu, capsys, how):
+    (losses, net), (as_before, twin) = learn(gpu, "conv", "fp32", how, host=True), learn(gpu, "conv", "fp32", how)
+    assert capsys.readouterr().err == ""
+    assert losses == as_before and all(p.equal(q) for p, q in zip(net, twin, strict=True))
 
 
 def test_a_planted_wait_falls_back_to_plain_steps(gpu, capsys, monkeypatch):

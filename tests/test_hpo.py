@@ -105,6 +105,12 @@ def test_hold_out_takes_each_fifth_row_of_every_class_of_every_task():
     assert rows.tolist() == list(range(30))
 
 
+def test_hold_out_passes_over_a_class_without_rows():
+    """Random labels may leave a class out."""
+    fit, held = hold_out(make_rows([[10, 0, 5]]))
+    assert held.images[:, 0, 0, 0].tolist() == [4, 9, 14] and fit.starts == (0, 12)
+
+
 def test_hold_out_refuses_a_class_of_one_row():
     with pytest.raises(DataError, match="class 1 of task 0 has a single training row"):
         hold_out(make_rows([[10, 1]]))

@@ -125,15 +125,15 @@ def test_what_takes_too_much_of_the_free_memory_is_mapped_and_leaves_no_file(tmp
     assert [line for line in maps if str(tmp_path) in line and "(deleted)" in line and " rw-s " in line]
 
 
-def test_images_too_many_for_a_gpu_stay_on_the_host(workspace, monkeypatch, capsys):
+def test_images_that_take_more_than_half_of_a_gpu_are_said_to_stay_on_the_host(workspace, monkeypatch, capsys):
     """20 + 10 rows of three tasks, of 24 x 24 pixels of a byte, have room in twice as much memory."""
     whole = start(workspace, "a", "--continual")
     pixels = 90 * 24 * 24
     for free, line in ((2 * pixels, False), (2 * pixels - 1, True)):
-        monkeypatch.setattr(run, "free_memory", lambda device, free=free: free)
+        monkeypatch.setattr(run, "free_gpu_memory", lambda device, free=free: free)
         capsys.readouterr()
         assert numbers(start(workspace, f"b{line}", "--continual")) == numbers(whole)
-        assert ("stay in the machine's memory" in capsys.readouterr().out.replace("\n", " ")) == line
+        assert ("they stay in the machine's memory" in capsys.readouterr().out.replace("\n", " ")) == line
 
 
 def test_rows_held_out_of_images_larger_than_memory_are_mapped_too(tmp_path, monkeypatch, capsys):

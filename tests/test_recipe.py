@@ -56,7 +56,7 @@ def test_a_mistake_in_a_key_is_one_line(workspace, capsys, keys, message):
 @pytest.mark.parametrize("words, message", [
     (("--val_frac", "0"), "--val_frac: 0.0 must be above 0"),
     (("--val_frac", "1"), "--val_frac: 1.0 must be above 0 and below 1"),
-    (("--val_frac", "files"), "argument --val_frac: invalid share value: 'files'"),
+    (("--val_frac", "files"), "argument --val_frac: 'files' is neither a share, such as 0.1, nor file"),
     (("--val_frac", "file"), "--val_frac: file: toy.npz has no val_images and val_labels; give a share, such as 0.1"),
     (("--val_frac", "0.2", "--samples", "1"), "has a single training row: none can be held out"),
     (("--lr", "0"), "--lr: 0.0 must be above 0"),

@@ -29,7 +29,7 @@ from utils import metrics
 from utils.command import guard, name_batch
 from utils.config import Settings, add_multihead_flags, make_parser, make_settings
 from utils.config_files import OPTIONAL, ConfigError, check
-from utils.run import finish, open_run, prepare
+from utils.run import finish, open_run, place, prepare
 from utils.run_folder import RunError
 from utils.run_net import (
     derive_seed,
@@ -331,6 +331,7 @@ def train_peer(settings, precision, train, test, log):
 def run(settings):
     """Train one method in its run folder and return its result; None where --resume finds it done."""
     device, precision, train, test = prepare(settings)
+    train, test = place(device, train, test)
     sizes = [(1, len(train.rows(t))) for t in range(len(train.classes))]
     plan = sizes if settings.continual else [(len(sizes), len(train.labels))]
     # Avalanche warns of its own parts, and of solvers that nothing here uses; it changes filters, hence `record`.

@@ -90,7 +90,10 @@ class Parser(argparse.ArgumentParser):
 
 def share(text):
     """What --val_frac takes: a number, or "file"."""
-    return text if text == "file" else float(text)
+    try:
+        return text if text == "file" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{reprlib.repr(text)} is neither a share, such as 0.1, nor file") from None
 
 
 def make_parser(prog, about):
@@ -203,7 +206,7 @@ def make_settings(method, flags, kind=Settings):
     elif flags.get("val_frac") is not None:
         check("--val_frac", flags["val_frac"], float, above=0, below=1)
     elif hyper["best_epoch"]:
-        raise ConfigError(f"{flags['hp_config']}: best_epoch: needs --val_frac, the share of rows that it looks at")
+        raise ConfigError(f"{flags['hp_config']}: best_epoch: needs --val_frac, for rows to look at")
     if flags["name"] is None:
         flags["name"] = default_name(method, flags, [f.name for f in fields(kind)[len(fields(Settings)) :]])
     if not re.fullmatch(r"\w[\w.,=+-]{0,199}", flags["name"]):

@@ -61,9 +61,11 @@ def _try_gpu(device):
                           "another one or cpu") from e  # fmt: skip
 
 
-def free_memory(device):
-    """Bytes that are free on a GPU; infinitely many on a CPU, where images lie already."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+def free_gpu_memory(device):
+    """Bytes that are free on a GPU, with those that torch keeps for later; infinitely many on a CPU."""
+    if device.type != "cuda":
+        return math.inf
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def out_of_memory(e):

@@ -1,4 +1,4 @@
-"""--dry_run: what a run would take, from two timed batches of each size that it will have; nothing is written."""
+"""--dry_run: what a run would take, from two timed batches of each size that it will have; no run folder is written."""
 import statistics
 import time
 

@@ -12,7 +12,7 @@ from datasets.data import checksum, find_rows, hash_rows, replay_repeats
 from net.build_net import build_net
 from utils import metrics
 from utils.config_files import ConfigError, load_yaml
-from utils.device import choose_device, choose_precision, default_threads, describe_hardware, free_memory
+from utils.device import choose_device, choose_precision, default_threads, describe_hardware, free_gpu_memory
 from utils.learner import learner_path, load_run
 from utils.log import RunLog, print_result, say_folded, task_names
 from utils.pretrained import load_weights
@@ -31,14 +31,14 @@ from utils.run_net import make_generator
 
 
 def prepare(settings, loaded=None):
-    """Choose the device, load the data onto it, and refuse what cannot work, before anything is written.
+    """Choose the device, load the data, and refuse what cannot work, before anything is written.
 
     Args:
         settings: the run's.
         loaded: as for `build_dataset`.
 
     Returns:
-        device, precision (fp32, bf16 or fp16), and train and test, `TaskData` on the device.
+        device, precision (fp32, bf16 or fp16), and train and test, `TaskData` on the CPU.
 
     Raises:
         ConfigError: no such device, images too small for the model, or weights that are not there or not its own.
@@ -58,29 +58,29 @@ def prepare(settings, loaded=None):
         raise ConfigError(f"{settings.hp_config}: {e}; those of {settings.data_config} have {size}") from e
     if settings.weights:
         load_weights(settings, train.images.shape[1:])
-    size = train.images.numel() + test.images.numel()
-    room = free_memory(device)
-    if size > room / 2:  # training wants the other half
-        say_folded(f"{device} has {room / 1e9:.1f} GB of memory free: the images, {size / 1e9:.1f} GB, stay in the "
-                   "machine's memory, and each batch is fetched from there")  # fmt: skip
-    with naming_memory(f"{device}: too little memory for the labels; try --samples or --device cpu"):
-        return device, precision, *(data.to(device, images=size <= room / 2) for data in (train, test))
+    return device, precision, train, test
 
 
 def split_val(settings, train):
     """The training rows, and those of --val_frac: held out of them, or the file's own (None: there are none).
 
-    Args:
-        settings: the run's.
-        train: `TaskData` on the training device.
-
     Raises:
         DataError: see `hold_out` and `build_val`.
     """
     if settings.val_frac == "file":
-        val = build_val(train, settings.tasks, settings.data_dir, settings.path)
-        return train, val.to(train.device, images=train.images.device == train.device)
+        return train, build_val(train, settings.tasks, settings.data_dir, settings.path)
     return hold_out(train, settings.val_frac, settings.data_dir) if settings.val_frac else (train, None)
+
+
+def place(device, *splits):
+    """The splits (`TaskData` on the CPU, or None) on the training device; images too many for it stay on the host."""
+    size, room = sum(data.images.numel() for data in splits if data), free_gpu_memory(device)
+    fits = size <= room / 2  # training wants the other half
+    if not fits:
+        say_folded(f"the images, {size / 1e9:.1f} GB, would take more than half of the {room / 1e9:.1f} GB free on "
+                   f"{device}: they stay in the machine's memory, and each batch is fetched from there")  # fmt: skip
+    with naming_memory(f"{device}: too little memory for the data; try --samples or --device cpu"):
+        return tuple(data and data.to(device, images=fits) for data in splits)
 
 
 def recorded_threads(settings):
@@ -134,8 +134,8 @@ def find_run(settings, device, precision, train, test):
 
     Returns:
         folder: its path.
-        about: what its config.yaml says of the settings; a checksum of the data, too, so that a run is never gone on
-            with on others.
+        about: what its config.yaml says of the settings; a checksum of the training and test rows, too, so that a run
+            is never gone on with on others.
         found: rounds whose learners are there.
 
     Raises:

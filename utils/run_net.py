@@ -187,7 +187,7 @@ def fetch_ahead(images, parts, device):
     """Yield the images of each part on `device`; from the host's memory the next ones are gathered meanwhile.
 
     Args:
-        images: [N, C, H, W], on the device or in the host's memory.
+        images: [N, ...], on the device or in the host's memory.
         parts: row numbers of each, [b] int64, where the images are.
         device: where they are wanted.
     """
@@ -217,7 +217,7 @@ def train_net(net, images, rows, heads, labels, *, epochs, batch, lr, l2_reg, sc
     statistics are set anew (`renew_batch_norm`).
 
     Args:
-        net: `MultiHead`, on the device of the data.
+        net: `MultiHead`, on the device of `rows`.
         images: [N, C, H, W] uint8, all training rows; or [N, D] float32, their features. Where they are too many for
             the device they are in the host's memory, and each batch comes from there.
         rows: [n] int64, the rows to train on; one may stand there several times.
@@ -226,7 +226,7 @@ def train_net(net, images, rows, heads, labels, *, epochs, batch, lr, l2_reg, sc
         epochs, batch, lr, l2_reg, schedule: as in a hyper-parameter file; l2_reg is the weight decay.
         augment: crop at random, and mirror if `flip`.
         precision: fp32, bf16 or fp16, of the backbone alone.
-        generators: "shuffle", "augment" and "dropout" (the last is drawn from inside the net), on the data's device.
+        generators: "shuffle", "augment" and "dropout" (the last is drawn from inside the net), on the device of `rows`.
         optimiser, momentum: as for `Optimiser`.
         warmup, lr_min: as for `learning_rate`; warmup in epochs, of which a part may be.
         clip_norm: gradients of a greater norm, all together, are scaled down to it (None: not).
@@ -274,14 +274,13 @@ def train_net(net, images, rows, heads, labels, *, epochs, batch, lr, l2_reg, sc
         x = images[rows[i]] if x is None else x
         return sample_crops(x, flip, generators["augment"]) if augment else x
 
-    def shuffle():
-        return torch.randperm(len(rows), generator=generators["shuffle"], device=device).split(batch)
-
-    def fetch(parts):
-        """Of each part of an epoch the images, in a tuple, where they come from the host; else nothing."""
+    def draw_batches(show=lambda parts: parts):
+        """An epoch's batches, reshuffled: where their rows stand in `rows` and, if they come from the host, images."""
+        order = torch.randperm(len(rows), generator=generators["shuffle"], device=device)
+        parts = show(order.split(batch))
         if images.device == device:
-            return itertools.repeat((), len(parts))
-        return zip(fetch_ahead(images, rows.cpu()[torch.cat(parts).cpu()].split(batch), device))
+            return zip(parts)
+        return zip(parts, fetch_ahead(images, rows.cpu()[order.cpu()].split(batch), device), strict=True)
 
     def take_step(i, x=None):
         head, label = heads[i], labels[i]
@@ -313,15 +312,13 @@ def train_net(net, images, rows, heads, labels, *, epochs, batch, lr, l2_reg, sc
         loss_sum.zero_()
         correct.zero_()
         net.train()  # between epochs the caller may have had it predict
-        parts = shuffle()
-        for i, x in zip(watch(parts, loss_sum) if watch else parts, fetch(parts), strict=True):
+        for drawn in draw_batches(lambda parts: watch(parts, loss_sum) if watch else parts):
             rate.fill_(now := learning_rate(schedule, lr, step, steps, rising, lr_min))
-            (take_full_step if len(i) == batch else take_step)(i, *x)
+            (take_full_step if len(drawn[0]) == batch else take_step)(*drawn)
             step += 1
         means = {"train_loss": loss_sum.item() / len(rows), "train_accuracy": correct.item() / len(rows)}
         if epoch + 1 == epochs or validate:
-            parts = shuffle()[:NORM_BATCHES]
-            renew_batch_norm(net, (take_images(i, *x) for i, x in zip(parts, fetch(parts), strict=True)), precision)
+            renew_batch_norm(net, itertools.starmap(take_images, draw_batches()), precision)
         if validate:
             means |= validate()
             if best_epoch and (best is None or means["val_accuracy"] > best["val_accuracy"]):
@@ -341,6 +338,7 @@ def train_net(net, images, rows, heads, labels, *, epochs, batch, lr, l2_reg, sc
 def predict_logits(net, images, rows, head, num_classes, precision, most=1000):
     """Logits [n, C_t] in float32 of `rows` ([n] int64) of `images` through one head, without augmentation.
 
+    The net is on the device of `rows`; the images may be on the host.
     `most` rows at once: with twice the batch size of training it takes less memory than training, which keeps more of a
     row than prediction does. Where memory runs out all the same, half as many are tried.
     """
