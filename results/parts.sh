@@ -38,9 +38,11 @@ for d in split rotated permuted; do
     mnist=(--data_config "config/dataset/${d}_mnist.yaml" --hp_config config/hyperparam/conv.yaml --epochs 5
            --samples 100 --seed "$seed")
     run modelzoo.py "$d-zoo-$seed" "${mnist[@]}" --continual
+    run modelzoo.py "$d-inherit-$seed" "${mnist[@]}" --continual --inherit
     run modelzoo.py "$d-isolated-$seed" "${mnist[@]}" --continual --tasks_per_round 1
+    run modelzoo.py "$d-isolated-inherit-$seed" "${mnist[@]}" --continual --tasks_per_round 1 --inherit
     run multihead.py "$d-joint-$seed" "${mnist[@]}"
-    for kind in zoo isolated joint; do all+=("$OUT/$d-$kind-$seed"); done
+    for kind in zoo inherit isolated isolated-inherit joint; do all+=("$OUT/$d-$kind-$seed"); done
   done
   "$PYTHON" tools/report.py "${all[@]}" --format markdown
 done
