@@ -195,7 +195,7 @@ def test_bars_on_a_terminal(workspace, columns):
                                          "names": ["the first task", "the second task", "日本" * 9]})
     master, slave = os.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
-    process = subprocess.Popen([sys.executable, "modelzoo.py", *flags(workspace, "--continual", "--epochs", "20")],
+    process = subprocess.Popen([sys.executable, "modelzoo.py", *flags(workspace, "--continual", "--epochs", "100")],
                                cwd=ROOT, stdout=slave, stderr=slave,
                                env={k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")})  # fmt: skip
     os.close(slave)
@@ -207,7 +207,7 @@ def test_bars_on_a_terminal(workspace, columns):
     assert process.wait() == 0
     lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.decode()))
     runs = [line for line in lines if re.match(r"round [123]/3 +\d+ % \|.*\| \d\d:\d\d, .* left", line)]
-    epochs = [line for line in lines if re.match(r"epoch \d+/20 +\d+ % \|.*\| loss \d\.\d\d\d", line)]
+    epochs = [line for line in lines if re.match(r"epoch \d+/100 +\d+ % \|.*\| loss \d\.\d\d\d", line)]
     assert runs and epochs
     wide = [line for line in lines if wcswidth(line.rstrip()) > columns and "run folder" not in line]
     assert wide == []
