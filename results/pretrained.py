@@ -18,8 +18,8 @@ from utils.learner import learner_path  # noqa: E402
 
 
 def write_folders(data):
-    """Write CIFAR-100 as data/last_half/train/c<label>/<row>.png and test/..., once, in the order of its rows."""
-    folder = Path(data) / "last_half"
+    """Write CIFAR-100 as data/cifar100_png/train/c<label>/<row>.png and test/..., once, in the order of rows."""
+    folder = Path(data) / "cifar100_png"
     if (folder / "test").exists():
         return
     for split, (images, labels) in zip(("train", "test.new"), load_cifar100(data, []), strict=True):

@@ -13,7 +13,7 @@ coarse=config/dataset/coarse_cifar100.yaml conv=config/hyperparam/conv.yaml
 first=$OUT/first_cifar100.yaml last=$OUT/last_cifar100.yaml folders=$OUT/folders_cifar100.yaml
 awk '/^[a-z]/ {n = 0} !/^  - / || ++n <= 10' $coarse > "$first"  # ten of the tasks and ten of the names
 awk '/^[a-z]/ {n = 0} !/^  - / || ++n > 10' $coarse > "$last"
-sed '/\[/s/[0-9][0-9]*/c&/g; s|^dataset:.*|dataset: image_folder\npath: last_half\nsize: 32|' "$last" > "$folders"
+sed '/\[/s/[0-9][0-9]*/c&/g; s|^dataset:.*|dataset: image_folder\npath: cifar100_png\nsize: 32|' "$last" > "$folders"
 (cat $conv; echo "weights: first_half.pt") > "$OUT/tuned.yaml"
 (cat "$OUT/tuned.yaml"; echo "freeze: true") > "$OUT/frozen.yaml"
 run modelzoo.py first --data_config "$first" --hp_config $conv --epochs "${FIRST:-20}" --num_rounds 1 \
