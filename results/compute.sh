@@ -5,6 +5,9 @@
 #
 # From the environment also SHORT, the lengths of the methods that are cheap (2 10 40 80; those of EPOCHS as well), WIDE,
 # those of the wider network, and FIGURE, the file that is written. Needs requirements-peers.txt. See results/common.sh.
+# The numbers of the figure go to $OUT/compute.csv; results/compute.csv holds those that the README's is drawn from:
+#
+#     python tools/plot.py compute results/compute.csv --file results/figures/compute.png
 . "$(dirname "$0")/common.sh"
 all=(${EPOCHS:-1 5 20}) short=(${SHORT-2 10 40 80})
 wide=(${WIDE-${all[@]}})
@@ -47,5 +50,6 @@ for epochs in "${wide[@]}"; do
     runs+=("$OUT/wide-e$epochs-$seed")
   done
 done
-"$PYTHON" tools/plot.py compute "${runs[@]}" "${ensembles[@]}" --file "${FIGURE:-results/figures/compute.png}"
+"$PYTHON" tools/plot.py compute "${runs[@]}" "${ensembles[@]}" --file "$OUT/compute.csv"
+"$PYTHON" tools/plot.py compute "$OUT/compute.csv" --file "${FIGURE:-results/figures/compute.png}"
 "$PYTHON" tools/report.py "${runs[@]}" "${ensembles[@]}" --format markdown

@@ -134,6 +134,50 @@ def test_compute_by_hand(tmp_path):
     assert len(parameters.collections) == 2
 
 
+def test_points_of_several_machines_make_one_figure(tmp_path):
+    """The numbers of two lots of runs, each written where it ran, join lines as the runs themselves do."""
+    lots = {epochs: [make_run(tmp_path / f"{kind}-{epochs}-{seed}", [[x + 0.1 * (kind == "multihead")]], seed=seed,
+                              method=kind, epochs=epochs, augment=True, cost=(1.0, 100 * epochs, 40))
+                     for kind in ("modelzoo", "multihead") for seed, x in enumerate(finals)]
+            for epochs, finals in ((5, (0.72, 0.7, 0.74)), (20, (0.8,)))}  # fmt: skip
+    for epochs, runs in lots.items():
+        assert plot_of("compute", *runs, "--file", tmp_path / f"{epochs}.csv") == 0
+    header, *rows = (tmp_path / "5.csv").read_text(encoding="utf-8").splitlines()
+    assert header.split(",")[:6] == ["epochs", "n", "mean", "sd", "low", "high"] and len(rows) == 2
+    # 72 ± 4.302653 x 2 / sqrt(3), and 500 rows of 46,877,280 operations (see above)
+    values = dict(zip(header.split(","), rows[0].split(","), strict=True))
+    assert [float(values[key]) for key in ("mean", "low", "high")] == pytest.approx([0.72, 0.6703173, 0.7696827])
+    assert float(values["operations"]) == 23_438_640_000 and values["method"] == "Model Zoo"
+    together = figure_of("compute", lots[5] + lots[20])
+    read = plot.draw("compute", [], plot.read_points([tmp_path / "20.csv", tmp_path / "5.csv"]))
+    for one, other in zip(together.axes, read.axes, strict=True):
+        for a, b in zip(one.lines, other.lines, strict=True):
+            assert a.get_xydata() == pytest.approx(b.get_xydata())
+        assert len(one.collections) == len(other.collections)
+    legends = [[text.get_text() for text in figure.legends[0].get_texts()] for figure in (together, read)]
+    assert legends == [["Model Zoo", "Multi-Head"]] * 2
+    assert read.get_supxlabel() == together.get_supxlabel() and "; 1 or 3 seeds" in read.get_supxlabel()
+    assert plot_of("compute", tmp_path / "20.csv", tmp_path / "5.csv", "--file", tmp_path / "both.csv") == 0
+    assert plot_of("compute", tmp_path / "both.csv", "--file", tmp_path / "both.svg") == 0
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    (None, "cannot be read (No such file"), ("", "not a table of points"), ("a,b\n1,2\n", "no column epochs"),
+    (b"\xff\xfe\x00", "not a table of points"), ("HEADER\n", "holds no points"),
+    ("HEADER\nx" + ",1" * 16 + "\n", "line 2: epochs must be a number"),
+])  # fmt: skip
+def test_points_that_are_none_are_one_line(text, message, tmp_path, capsys):
+    file, header = tmp_path / "points.csv", ",".join(plot.NUMBERS + plot.TEXTS)
+    if text is not None:
+        file.write_bytes(text if isinstance(text, bytes) else text.replace("HEADER", header).encode())
+    assert plot_of("compute", file, "--file", tmp_path / "a.png") == 2
+    assert f"{file}: {message}" in (line := capsys.readouterr().err) and line.count("\n") == 1
+    assert plot_of("compute", file, tmp_path, "--file", tmp_path / "a.png") == 2
+    assert "make no figure together" in capsys.readouterr().err
+    assert plot_of("dots", tmp_path, "--file", tmp_path / "a.csv") == 2
+    assert "must end in .svg, .pdf, .png" in capsys.readouterr().err and not (tmp_path / "a.png").exists()
+
+
 def test_compute_leaves_out_what_does_not_say_its_cost(tmp_path, zoo, capsys):
     unknown = make_run(tmp_path / "own", [[0.5, 0.5, 0.5]], dataset="npz", method="multihead")
     assert plot_of("compute", *zoo, unknown, "--file", tmp_path / "a.svg") == 2

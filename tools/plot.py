@@ -2,7 +2,8 @@
 
     python tools/plot.py seen runs/zoo-seed=* runs/isolated-seed=* --file figure.pdf
 
-Runs that differ in seed only are one group, as in report.py. Reads run folders and nothing else.
+Runs that differ in seed only are one group, as in report.py. Reads run folders and nothing else; the figure compute
+also reads files of its points, which it writes where --file ends in .csv: so runs of several machines make one figure.
 """
 import functools
 import io
@@ -23,9 +24,10 @@ from tools.runs import (
     printable,
     read_runs,
     require,
+    setting_text,
     task_labels,
 )
-from tools.stats import FEWEST, LEVEL, measure, summarise
+from tools.stats import FEWEST, LEVEL, Summary, measure, summarise
 from utils.command import guard
 from utils.config import Parser
 from utils.config_files import ConfigError
@@ -45,6 +47,9 @@ STYLE = {
     "pdf.fonttype": 42,  # fonts that journals accept
     "svg.hashsalt": "modelzoo",  # the same runs give the same file
 }  # fmt: skip
+# Columns of the points of the figure compute. Accuracies are in [0, 1].
+NUMBERS = ["epochs", "n", "mean", "sd", "low", "high", "rows_trained", "operations", "parameters", "stored_rows"]
+TEXTS = ["method", "tasks", "model", "samples", "commit", "hardware", "torch"]
 INTERVAL = f"{100 * LEVEL:.0f} % interval"
 NO_DATE = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}
 
@@ -260,31 +265,72 @@ def _fold(label, width=34):
     return "\n".join(lines)
 
 
-def draw_compute(groups):
-    """Average accuracy against what it costs to train and to keep; a line joins several lengths of training."""
+def list_points(groups):
+    """The points of the figure compute, a frame of NUMBERS and TEXTS: a row a group; those of a method make a line."""
+    rows = []
+    for method, line in join_lengths(groups):
+        for group in line:
+            run, s = group.runs[0], summarise(list(measure([group])[group.label]["average_accuracy"].values()))
+            about = {key: "; ".join(dict.fromkeys(run.about[key] for run in group.runs)) for key in run.about}
+            settings = {**(run.members or [run])[0].settings, "samples": setting_text(run, "samples")}
+            rows.append({**settings, **vars(s), **run.cost, **about, "method": method, "operations": count_work(run)})
+    return require("pandas").DataFrame(rows, columns=NUMBERS + TEXTS)
+
+
+def read_points(paths):
+    """The points that files hold, one file's after the other's.
+
+    Raises:
+        ConfigError: a file cannot be read, or is not one that the figure compute wrote.
+    """
+    pandas, frames = require("pandas"), []
+    for path in paths:
+        try:
+            frame = pandas.read_csv(path, encoding="utf-8", dtype=str, keep_default_na=False)
+        except OSError as e:
+            raise ConfigError(f"{path}: cannot be read ({e.strerror})") from e
+        except ValueError as e:  # of pandas' parser, and of other encodings
+            raise ConfigError(f"{path}: not a table of points ({printable(e)})") from e
+        if not len(frame):
+            raise ConfigError(f"{path}: holds no points")
+        if missing := [key for key in NUMBERS + TEXTS if key not in frame]:
+            raise ConfigError(f"{path}: no column {missing[0]}; plot.py compute RUN... --file {path} writes them all")
+        for key in NUMBERS:
+            frame[key] = pandas.to_numeric(frame[key], errors="coerce")
+            if key in ("epochs", "n", "mean", "operations") and not (frame[key] > 0).all():
+                line = 2 + (frame[key] > 0).argmin()
+                raise ConfigError(f"{path}: line {line}: {key} must be a number above 0")
+        frames.append(frame)
+    return pandas.concat(frames)
+
+
+def draw_compute(points):
+    """Average accuracy against what it costs to train and to keep; a line joins several lengths of training.
+
+    Args:
+        points: as `list_points` gives them.
+    """
     from matplotlib.ticker import EngFormatter, LogLocator
 
     figure = make_figure(3.9)
     axes = figure.subplots(1, 3, sharey=True)
-    handles, several = {}, False
-    for i, (label, line) in enumerate(join_lengths(groups)):
+    handles = {}
+    titles = {"operations": "floating-point operations of training", "parameters": "parameters stored",
+              "stored_rows": "training rows stored"}  # fmt: skip
+    for i, (label, line) in enumerate(points.groupby("method", sort=False)):
         colour, mark, style = COLOURS[i % len(COLOURS)], MARKS[i % len(MARKS)], LINES[i % len(LINES)]
-        at = [summarise(list(measure([group])[group.label]["average_accuracy"].values())) for group in line]
-        means = [100 * s.mean for s in at]
-        several |= any(s.low is not None for s in at)
-        costs = [[count_work(group.runs[0]), *(group.runs[0].cost[key] for key in ("parameters", "stored_rows"))]
-                 for group in line]  # fmt: skip
-        for axis, xs in zip(axes, zip(*costs, strict=True), strict=True):
-            if None not in xs:
-                handles[label], = axis.plot(xs, means, color=colour, marker=mark, linestyle=style)
-                points = list(zip(xs, at, strict=True))
-                for band in [points] if len(set(xs)) > 1 else [[p] for p in points]:  # one above another: whiskers
+        line = line.sort_values("epochs")
+        for axis, key in zip(axes, titles, strict=True):
+            if line[key].notna().all():
+                handles[label], = axis.plot(line[key], 100 * line["mean"], color=colour, marker=mark, linestyle=style)
+                at = [(getattr(p, key), Summary(p.n, p.mean, p.sd, *((p.low, p.high) if p.low == p.low else ())))
+                      for p in line.itertuples()]  # fmt: skip
+                for band in [at] if line[key].nunique() > 1 else [[p] for p in at]:  # one above another: whiskers
                     _band(axis, dict(band), colour, 0.2)
-        for x, mean, group in zip(costs, means, line, strict=True):
-            axes[0].annotate(f"{group.runs[0].settings.get('epochs', '')}", (x[0], mean), (0, 4), fontsize=5.5,
+        for point in line.itertuples():
+            axes[0].annotate(f"{point.epochs:.0f}", (point.operations, 100 * point.mean), (0, 4), fontsize=5.5,
                              textcoords="offset points", ha="center", color=colour)  # fmt: skip
-    titles = ("floating-point operations of training", "parameters stored", "training rows stored")
-    for axis, title in zip(axes, titles, strict=True):
+    for axis, title in zip(axes, titles.values(), strict=True):
         axis.set_title(title)
         axis.grid(color="#dddddd", linewidth=0.5)
     for axis in axes[:2]:
@@ -295,7 +341,7 @@ def draw_compute(groups):
     axes[2].xaxis.set_major_formatter("{x:,.0f}")
     axes[2].locator_params(axis="x", nbins=4)
     axes[0].set_ylabel("average accuracy (%)")
-    title = "small numbers: epochs" + f"; band, whisker: {INTERVAL} over seeds" * several
+    title = "small numbers: epochs" + f"; band, whisker: {INTERVAL} over seeds" * bool(points["low"].notna().any())
     figure.legend(handles.values(), handles, loc="outside upper center", ncols=3, title=title, title_fontsize=8)
     return figure
 
@@ -478,8 +524,10 @@ KINDS = {
 }  # fmt: skip
 
 
-def draw(kind, groups):
+def draw(kind, groups, points=None):
     """A matplotlib figure of groups that `choose` lets stand together, labelled by what tells these apart.
+
+    The figure compute is of `points` (see `list_points`), by default of those of the groups.
 
     Below it stands what the groups are runs of. A letter that no font of this machine has becomes a box, and a line on
     standard error names such letters.
@@ -491,10 +539,17 @@ def draw(kind, groups):
     with require("matplotlib").rc_context(STYLE):
         from matplotlib.text import Text
 
-        figure = (draw_schematic if kind == "schematic" else KINDS[kind][2])(groups)
-        if groups:
+        if kind == "compute":
+            points = list_points(groups) if points is None else points
+            figure, seeds = draw_compute(points), sorted(set(points["n"].astype(int)))
+            texts = (" or ".join(points[key].unique()) for key in ("tasks", "model", "samples"))
+            about = "; ".join(filter(None, texts))
+        else:
+            figure = (draw_schematic if kind == "schematic" else KINDS[kind][2])(groups)
             seeds = sorted({len(group.runs) for group in groups})
-            about = f"{describe_groups(groups)}; {' or '.join(map(str, seeds))} seed{'s' * (seeds != [1])}"
+            about = describe_groups(groups) if groups else ""
+        if about:
+            about += f"; {' or '.join(map(str, seeds))} seed{'s' * (seeds != [1])}"
             figure.supxlabel("\n".join([figure.get_supxlabel(), *textwrap.wrap(about, 75)]).strip(), fontsize=8)
         texts = figure.findobj(Text)
         fonts, missing = find_fonts("".join(text.get_text() for text in texts))
@@ -530,23 +585,32 @@ def main(argv=None):
                epilog="kinds: " + "; ".join(f"{kind}: {title}" for kind, (title, _, _) in KINDS.items())
                + "; schematic: what a zoo is, of no run")  # fmt: skip
     p.add_argument("kind", choices=[*KINDS, "schematic"])
-    p.add_argument("runs", nargs="*", metavar="RUN", help="run folders")
+    p.add_argument("runs", nargs="*", metavar="RUN", help="run folders; of the figure compute also files of its points")
     p.add_argument("--ensemble", nargs="+", action="append", default=[], metavar="RUN", help="as in report.py")
-    p.add_argument("--file", required=True, help="figure.pdf, figure.png or figure.svg")
+    p.add_argument("--file", required=True, help="figure.pdf, figure.png or figure.svg; of the figure compute also "
+                   "points.csv, its numbers")  # fmt: skip
     flags = p.parse_args(argv)
-    ending = Path(flags.file).suffix[1:].lower()
-    if ending not in NO_DATE:
-        raise ConfigError(f"--file: {flags.file} must end in .{', .'.join(NO_DATE)}")
-    if flags.kind == "schematic":
-        chosen, notes, skipped = [], [], []
-    else:
+    ending, endings = Path(flags.file).suffix[1:].lower(), [*NO_DATE, *["csv"] * (flags.kind == "compute")]
+    if ending not in endings:
+        raise ConfigError(f"--file: {flags.file} must end in .{', .'.join(endings)}")
+    chosen, notes, skipped, points = [], [], [], None
+    files = [path for path in flags.runs if path.endswith(".csv")] if flags.kind == "compute" else []
+    if files and (len(files) < len(flags.runs) or flags.ensemble):
+        raise ConfigError(f"{files[0]}: run folders and files of points make no figure together; --file x.csv writes "
+                          "the points of the folders")  # fmt: skip
+    if files:
+        points = read_points(files)
+    elif flags.kind != "schematic":
         groups, notes = group_runs(read_runs("plot.py", flags.runs, flags.ensemble))
         chosen, skipped = choose(flags.kind, groups)
         if not chosen:
             raise ConfigError(f"nothing to draw: {'; '.join(skipped)}")
     for line in notes + [f"skipped: {line}" for line in skipped]:
         print(f"plot.py: {line}", file=sys.stderr)
-    data = save(draw(flags.kind, chosen), ending)
+    if ending == "csv":
+        data = (list_points(chosen) if points is None else points).to_csv(index=False).encode()
+    else:
+        data = save(draw(flags.kind, chosen, points), ending)
     try:
         Path(flags.file).write_bytes(data)
     except OSError as e:
