@@ -10,6 +10,7 @@ import pytest
 
 from tests.conftest import CONV, write_yaml
 from tests.test_runs import start
+from tools.plot import KINDS
 from tools.sweep import read_grid
 from utils.config import read_settings
 from utils.config_files import OPTIONAL, RANGES, load_yaml, read_dataset
@@ -114,6 +115,11 @@ def test_grid_of_the_sweep_is_read(tmp_path, monkeypatch):
     (tmp_path / "grid.yaml").write_text(text)
     runs, _ = read_grid(["--grid", str(tmp_path / "grid.yaml")])
     assert len(runs) == 15 and load_yaml(tmp_path / "grid.yaml")["flags"] == "--samples 20"
+
+
+def test_every_kind_of_figure_has_its_line():
+    table = (ROOT / "docs/report.md").read_text().partition("**The figures**")[2]
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.M)) == {*KINDS, "schematic"}
 
 
 def test_the_snippets_run(tmp_path):

@@ -165,6 +165,7 @@ def test_points_of_several_machines_make_one_figure(tmp_path):
     (None, "cannot be read (No such file"), ("", "not a table of points"), ("a,b\n1,2\n", "no column epochs"),
     (b"\xff\xfe\x00", "not a table of points"), ("HEADER\n", "holds no points"),
     ("HEADER\nx" + ",1" * 16 + "\n", "line 2: epochs must be a number"),
+    ("HEADER" + ("\n1" + ",1" * 16) * 2 + "\n" + "1," * 7 + "inf" + ",1" * 9, "line 4: operations must be a number"),
 ])  # fmt: skip
 def test_points_that_are_none_are_one_line(text, message, tmp_path, capsys):
     file, header = tmp_path / "points.csv", ",".join(plot.NUMBERS + plot.TEXTS)

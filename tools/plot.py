@@ -296,7 +296,7 @@ def read_points(paths):
         if missing := [key for key in NUMBERS + TEXTS if key not in frame]:
             raise ConfigError(f"{path}: no column {missing[0]}; plot.py compute RUN... --file {path} writes them all")
         for key in NUMBERS:
-            frame[key] = pandas.to_numeric(frame[key], errors="coerce")
+            frame[key] = pandas.to_numeric(frame[key], errors="coerce").where(lambda column: column < math.inf)
             if key in ("epochs", "n", "mean", "operations") and not (frame[key] > 0).all():
                 line = 2 + (frame[key] > 0).argmin()
                 raise ConfigError(f"{path}: line {line}: {key} must be a number above 0")
@@ -594,7 +594,7 @@ def main(argv=None):
     if ending not in endings:
         raise ConfigError(f"--file: {flags.file} must end in .{', .'.join(endings)}")
     chosen, notes, skipped, points = [], [], [], None
-    files = [path for path in flags.runs if path.endswith(".csv")] if flags.kind == "compute" else []
+    files = [path for path in flags.runs if path.lower().endswith(".csv")] if flags.kind == "compute" else []
     if files and (len(files) < len(flags.runs) or flags.ensemble):
         raise ConfigError(f"{files[0]}: run folders and files of points make no figure together; --file x.csv writes "
                           "the points of the folders")  # fmt: skip
