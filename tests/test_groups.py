@@ -115,6 +115,11 @@ def test_ensembles_of_the_same_settings_are_a_group(ensemble):
     assert "has the same settings and seed" in notes[0]
 
 
+def test_members_stand_in_the_order_of_their_seeds(ensemble):
+    """Found in a table: 8, 9, 10 and 11 stood as 10+11+8+9, as texts are ordered."""
+    assert ensemble((10, TWO), (8, TWO), (9, TWO)).seed == (8, 9, 10)
+
+
 def test_only_ensembles_with_a_member_in_common_share_runs(ensemble):
     """Found by review: two members of one seed, but of different settings, were called shared."""
     assert group_runs([ensemble((0, TWO), (0, TEN))])[1] == []

@@ -374,7 +374,7 @@ def _key(run):
 
 
 def _member(run):
-    return _key(run), run.tasks, str(run.trial)
+    return _key(run), run.tasks, run.order, run.seed
 
 
 def _data_key(run):
