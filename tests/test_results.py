@@ -2,6 +2,7 @@
 import functools
 import importlib.util
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -166,3 +167,23 @@ def test_members_by_hand(tmp_path, capsys, monkeypatch):
 def test_what_variants_does_not_know_is_one_line(capsys):
     assert variants.main(["moon"]) == 2
     assert capsys.readouterr().err.startswith("variants.py: give hold_out DATA NEW, members RUN ..., or one of star, ")
+
+
+def test_the_table_of_compute_is_what_its_figure_is_drawn_from():
+    """Per method and length: mean, spread, and the number of seeds where it is not three."""
+    text = (ROOT / "results/inherit.md").read_text(encoding="utf-8").partition("## Accuracy against compute")[2]
+    text = text.partition("\n## ")[0]
+    header, _, *rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("|")]
+    epochs = [int(re.match(r" (\d+) epoch", cell)[1]) for cell in header[2:]]
+    points = plot.read_points([ROOT / "results/compute.csv"]).set_index(["method", "epochs"])
+    shown = 0
+    for name, work, *cells in rows:
+        for n, cell in zip(epochs, cells, strict=True):
+            method = name.strip().replace("`--inherit`", "inherit")
+            if cell.strip() != "–":
+                point, shown = points.loc[(method, n), :], shown + 1
+                spread = f" ± {100 * point.sd:.2f}" if point.n > 1 else ""
+                seeds = f" ({point.n:.0f})" if point.n != 3 else ""
+                assert cell.strip().strip("*") == f"{100 * point['mean']:.2f}{spread}{seeds}"
+                assert f"{point.operations / n / 1e12:.1f}" == work.strip()
+    assert shown == len(points)

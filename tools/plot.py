@@ -335,7 +335,8 @@ def draw_compute(points):
         axis.grid(color="#dddddd", linewidth=0.5)
     for axis in axes[:2]:
         axis.set_xscale("log")
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        low, high = axis.get_xlim()
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 50 * low else (1, 3)))
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 20T, 5M: the usual one needs mathematical text
         axis.xaxis.set_minor_formatter("")
     axes[2].xaxis.set_major_formatter("{x:,.0f}")
@@ -549,7 +550,8 @@ def draw(kind, groups, points=None):
             seeds = sorted({len(group.runs) for group in groups})
             about = describe_groups(groups) if groups else ""
         if about:
-            about += f"; {' or '.join(map(str, seeds))} seed{'s' * (seeds != [1])}"
+            about += f"; {' or '.join(map(str, seeds)) if len(seeds) < 3 else f'{seeds[0]} to {seeds[-1]}'}"
+            about += " seed" + "s" * (seeds != [1])
             figure.supxlabel("\n".join([figure.get_supxlabel(), *textwrap.wrap(about, 75)]).strip(), fontsize=8)
         texts = figure.findobj(Text)
         fonts, missing = find_fonts("".join(text.get_text() for text in texts))
