@@ -8,6 +8,7 @@ import pytest
 
 from tests.runfolders import make_run, make_seeds
 from tools import plot
+from tools.points import NUMBERS, TEXTS, read_points
 from tools.runs import group_runs, read_run
 from utils.command import guard
 
@@ -149,7 +150,7 @@ def test_points_of_several_machines_make_one_figure(tmp_path):
     assert [float(values[key]) for key in ("mean", "low", "high")] == pytest.approx([0.72, 0.6703173, 0.7696827])
     assert float(values["operations"]) == 23_438_640_000 and values["method"] == "Model Zoo"
     together = figure_of("compute", lots[5] + lots[20])
-    read = plot.draw("compute", [], plot.read_points([tmp_path / "20.csv", tmp_path / "5.csv"]))
+    read = plot.draw("compute", [], read_points([tmp_path / "20.csv", tmp_path / "5.csv"]))
     for one, other in zip(together.axes, read.axes, strict=True):
         for a, b in zip(one.lines, other.lines, strict=True):
             assert a.get_xydata() == pytest.approx(b.get_xydata())
@@ -168,7 +169,7 @@ def test_points_of_several_machines_make_one_figure(tmp_path):
     ("HEADER" + ("\n1" + ",1" * 16) * 2 + "\n" + "1," * 7 + "inf" + ",1" * 9, "line 4: operations must be a number"),
 ])  # fmt: skip
 def test_points_that_are_none_are_one_line(text, message, tmp_path, capsys):
-    file, header = tmp_path / "points.csv", ",".join(plot.NUMBERS + plot.TEXTS)
+    file, header = tmp_path / "points.csv", ",".join(NUMBERS + TEXTS)
     if text is not None:
         file.write_bytes(text if isinstance(text, bytes) else text.replace("HEADER", header).encode())
     assert plot_of("compute", file, "--file", tmp_path / "a.png") == 2

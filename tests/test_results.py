@@ -19,6 +19,7 @@ import multihead
 from results import pretrained, variants
 from tests.conftest import CONV, make_arrays, write_yaml
 from tools import peers, plot, report
+from tools.points import read_points
 from utils.command import command, guard
 from utils.learner import learner_path
 from utils.run_folder import load_tensors
@@ -175,7 +176,7 @@ def test_the_table_of_compute_is_what_its_figure_is_drawn_from():
     text = text.partition("\n## ")[0]
     header, _, *rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("|")]
     epochs = [int(re.match(r" (\d+) epoch", cell)[1]) for cell in header[2:]]
-    points = plot.read_points([ROOT / "results/compute.csv"]).set_index(["method", "epochs"])
+    points = read_points([ROOT / "results/compute.csv"]).set_index(["method", "epochs"])
     shown = 0
     for name, work, *cells in rows:
         for n, cell in zip(epochs, cells, strict=True):
