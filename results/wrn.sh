@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The paper's network, WRN-16-4, on Coarse-CIFAR100: results/wrn.md.
 #
-#     results/wrn.sh               # 3 epochs; a zoo takes 101 minutes on one core of an Intel Xeon with AMX
+#     results/wrn.sh               # 3 epochs; a zoo takes 101 minutes on one core of an Intel Xeon with AMX, Multi-Head 24
 #     EPOCHS=100 results/wrn.sh    # the paper's size, for a GPU
 #
 # From the environment also ZOOS, the seeds of the two zoos (0). See results/common.sh.
