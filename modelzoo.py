@@ -20,6 +20,7 @@ from utils.log import task_names
 from utils.metrics import accuracy, log_probs, negative_log_likelihood
 from utils.pretrained import freeze_backbone
 from utils.run import check_extension, find_looked_at, finish, open_run, place, plan_rounds, prepare, split_val
+from utils.run_folder import LATER
 from utils.run_net import make_generator, predict_logits
 
 
@@ -48,18 +49,22 @@ class Zoo:
         test_labels: [T] tensors [M_t].
         classes: [T], how many classes each task has.
         replay_frac: r; the first learner trained on a task saw all of it and weighs 1/r in its mean.
+        weigh_by_round: whether the n-th learner weighs n times as much (ours, not the paper's).
 
     Attributes:
         loss: [T] mean negative log likelihood of the zoo's prediction on those training rows.
         accuracy: [T] on the test rows.
+        shares: for each learner, its weight in the mean of each of its tasks.
     """
 
-    def __init__(self, train_labels, test_labels, classes, replay_frac=1.0):
+    def __init__(self, train_labels, test_labels, classes, replay_frac=1.0, weigh_by_round=False):
         self.train_labels = train_labels
         self.test_labels = test_labels
         self.classes = classes
         self.replay_frac = replay_frac
+        self.weigh_by_round = weigh_by_round
         self.learners = []
+        self.shares = []
         # Of the learners that know a task: the sum of their weights, and the log of their mean class probabilities.
         self.weights = [0.0] * len(classes)
         self.means = {"train_logits": [None] * len(classes), "test_logits": [None] * len(classes)}
@@ -73,10 +78,12 @@ class Zoo:
         A mean goes on from the one before, so that a late round costs what an early one costs.
         """
         self.learners.append(learner)
-        for i, t in enumerate(learner.tasks):
+        n = len(self.learners) if self.weigh_by_round else 1
+        self.shares.append([n / (1 if self.weights[t] else self.replay_frac) for t in learner.tasks])
+        for i, (t, share) in enumerate(zip(learner.tasks, self.shares[-1], strict=True)):
             before = self.weights[t]
             for key, means in self.means.items():
-                means[t], self.weights[t] = self._join(means[t], before, getattr(learner, key)[i])
+                means[t], self.weights[t] = self._join(means[t], before, getattr(learner, key)[i], share)
             if self.train_labels:
                 self.loss[t] = negative_log_likelihood(self.means["train_logits"][t], self.train_labels[t])
             self.accuracy[t] = accuracy(self.means["test_logits"][t], self.test_labels[t])
@@ -88,11 +95,9 @@ class Zoo:
         labels = self.train_labels[t] if logits == "train_logits" else self.test_labels[t]
         return self._uniform(t, len(labels), labels.device)
 
-    def _join(self, mean, weight, logits):
-        """The mean of one more learner, and its weight: 1/r for the first of a task, 1 for each later one."""
-        if not weight:
-            return log_probs(logits), 1 / self.replay_frac
-        return ensemble_log_probs([mean, logits], [weight, 1.0]), weight + 1
+    def _join(self, mean, weight, logits, share):
+        """The mean of one more learner, whose weight is `share`, and the sum of the weights in it."""
+        return (ensemble_log_probs([mean, logits], [weight, share]) if weight else log_probs(logits)), weight + share
 
     def _uniform(self, t, n, device):
         return torch.full((n, self.classes[t]), -math.log(self.classes[t]), dtype=torch.float64, device=device)
@@ -112,7 +117,9 @@ class Zoo:
         """
         settings, labels, learners, nets = load_run(folder, choose_device(device))
         n = len(labels)
-        zoo = cls([], labels, [len(task) for task in settings["tasks"]][:n], settings["replay_frac"])
+        settings = LATER | settings
+        zoo = cls([], labels, [len(task) for task in settings["tasks"]][:n], settings["replay_frac"],
+                  settings["weigh_by_round"])  # fmt: skip
         zoo.class_names = settings["class_names"]
         zoo.names = task_names(settings["tasks"], settings["names"], zoo.class_names)[:n]
         for learner in learners:
@@ -144,13 +151,14 @@ class Zoo:
         device = self.test_labels[t].device
         images = make_images(images, self.learners[0].net["image_shape"]).to(device)
         rows, mean, weight = torch.arange(len(images), device=device), None, 0.0
-        for learner, net in zip(self.learners, self.nets, strict=True):
+        for learner, net, shares in zip(self.learners, self.nets, self.shares, strict=True):
             if t in learner.tasks:
+                i = learner.tasks.index(t)
                 precision = learner.net["precision"]
                 if device.type == "cpu" and precision == "fp16":
                     precision = "fp32"  # the nearest that a CPU is good at
-                logits = predict_logits(net, images, rows, learner.tasks.index(t), self.classes[t], precision)
-                mean, weight = self._join(mean, weight, logits)
+                logits = predict_logits(net, images, rows, i, self.classes[t], precision)
+                mean, weight = self._join(mean, weight, logits, shares[i])
         return (mean if weight else self._uniform(t, len(images), device)).exp().cpu()
 
 
@@ -237,7 +245,7 @@ def grow_zoo(settings, precision, train, test, folder, log, old=(), val=None):
     if settings.freeze:
         train, test, val, frozen = freeze_backbone(settings, precision, folder, train, test, val)
     zoo = Zoo([train.labels[rows] for rows in looked_at], [test.labels[test.rows(t)] for t in range(num_tasks)],
-              train.classes[:num_tasks], r)  # fmt: skip
+              train.classes[:num_tasks], r, settings.weigh_by_round)  # fmt: skip
 
     def train_rows(k, tasks, t):
         """The rows of task t that the learner of round k trains on: all of a new task, the kept ones of a past task."""

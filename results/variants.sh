@@ -12,12 +12,13 @@ flags=(--continual --data_config config/dataset/coarse_cifar100.yaml --hp_config
 runs=()
 for seed in $SEEDS; do
   run modelzoo.py "chain-$seed" "${flags[@]}" --seed "$seed" --inherit
+  run modelzoo.py "weighed-$seed" "${flags[@]}" --seed "$seed" --inherit --weigh_by_round
   run modelzoo.py "fresh-$seed" "${flags[@]}" --seed "$seed"
   for way in ${WAYS:-star perturb-0.8 perturb-0.4 heads rate-0.3}; do
     run "results/variants.py $way" "$way-$seed" "${flags[@]}" --seed "$seed" --inherit --save_nets
   done
 done
-for way in fresh chain ${WAYS:-star perturb-0.8 perturb-0.4 heads rate-0.3}; do
+for way in fresh chain weighed ${WAYS:-star perturb-0.8 perturb-0.4 heads rate-0.3}; do
   for seed in $SEEDS; do runs+=("$OUT/$way-$seed"); done
 done
 "$PYTHON" results/variants.py members "${runs[@]}"

@@ -110,6 +110,7 @@ def test_real_runs_of_every_kind_end_to_end(tmp_path, capsys):
     zoo = ["modelzoo.py", "modelzoo", modelzoo.run]
     joint = ["multihead.py", "multihead", multihead.run]
     for script, more in ((zoo, ["--continual"]), (zoo, ["--continual", "--replay_frac", "0.5"]), (joint, []),
+                         (zoo, ["--continual", "--weigh_by_round"]),
                          (zoo, ["--num_rounds", "2", "--tasks_per_round", "2", "--warm_start"]),
                          (joint, ["--num_tasks", "2"])):  # fmt: skip
         assert command(*script, flags + more) == 0

@@ -35,6 +35,7 @@ def exported(folder, file):
 
 @pytest.mark.parametrize("more", [
     ("--continual", "--replay_frac", "0.5"),
+    ("--continual", "--replay_frac", "0.5", "--weigh_by_round"),
     ("--num_rounds", "1", "--tasks_per_round", "2"),  # a task that no learner knows
 ])  # fmt: skip
 def test_torch_alone_runs_an_exported_zoo(workspace, tmp_path, more):

@@ -133,7 +133,7 @@ def test_any_text_as_a_config(place, text, raw):
 FLAG = st.sampled_from([
     "--samples", "--epochs", "--seed", "--data_dir", "--out", "--name", "--device", "--precision", "--continual",
     "--num_rounds", "--tasks_per_round", "--replay_frac", "--naive", "--warm_start", "--resume", "--save_nets",
-    "--extend",
+    "--extend", "--weigh_by_round",
     "--naiv", "-x", "--", "-h", "--data_config", "--hp_config"])  # fmt: skip
 ARGUMENT = st.one_of(st.integers(-2, 9).map(str), st.floats().map(str), st.text(max_size=6), st.sampled_from([
     "cpu", "auto", "cuda:7", "bf16", "fp16", "0.5", "1e999", "9" * 5000, "..", "a/b", "\x00", "-", "=", "١",

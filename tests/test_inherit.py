@@ -151,7 +151,9 @@ def test_wherever_a_run_stops_it_resumes_to_the_same_bits(workspace, monkeypatch
                 assert all(x.equal(other["net"]["state"][key]) for key, x in one["net"]["state"].items())
 
 
-@pytest.mark.parametrize("more", [(), ("--save_nets",), ("--tasks_per_round", "1"), ("--replay_frac", "0.3")])
+@pytest.mark.parametrize("more", [
+    (), ("--save_nets",), ("--tasks_per_round", "1"), ("--replay_frac", "0.3"), ("--weigh_by_round",),
+])  # fmt: skip
 def test_an_extended_run_equals_one_that_had_all_tasks_from_the_start(workspace, more):
     start(workspace, "old", *CONTINUAL, *more, *shorten(workspace))
     whole = start(workspace, "whole", *CONTINUAL, *more)
@@ -181,6 +183,21 @@ def test_what_does_not_go_on_from_another_run_is_one_line(workspace, capsys, old
     start(workspace, "old", *old, *shorten(workspace))
     capsys.readouterr()
     refuse(workspace, capsys, message, *new, "--extend", str(workspace / "runs/old"))
+
+
+def test_learners_weighed_by_round_decide_the_loss_that_the_draw_goes_by(workspace):
+    """A round later the learners are the same, and their mean is another: of task 0 (p1 + 2 p2) / 3."""
+    equal, weighed = start(workspace, "a", *CONTINUAL), start(workspace, "b", *CONTINUAL, "--weigh_by_round")
+    assert_same_learners(workspace, "a", "b", range(2))  # whose tasks no draw decides
+    _, _, train, _ = prepare(read_settings("x", "modelzoo", flags(workspace, *CONTINUAL)))
+    logits = [read(workspace, "b", k)["train_logits"][-1 - k] for k in range(2)]
+    labels = train.labels[train.rows(0)]
+    for result, weights in ((equal, (1, 1)), (weighed, (1, 2))):
+        p = sum(w * x.double().softmax(1) for w, x in zip(weights, logits, strict=True)) / sum(weights)
+        loss = -p[torch.arange(len(labels)), labels].log().mean().item()
+        assert result["rounds"][1]["train_loss"][0] == pytest.approx(loss)
+    assert weighed["rounds"][2]["weights"] == modelzoo.task_weights(weighed["rounds"][1]["train_loss"][:2]).tolist()
+    assert weighed["config"]["weigh_by_round"] and weighed["rows_trained"] == equal["rows_trained"]
 
 
 def test_resuming_without_it_is_refused(workspace, capsys):
@@ -222,6 +239,8 @@ def test_with_save_nets_a_damaged_learner_in_the_middle_is_trained_again(workspa
 
 
 def test_name_opening_line_and_memory_say_so(workspace, capsys):
+    settings = read_settings("x", "modelzoo", flags(workspace, *CONTINUAL, "--weigh_by_round", "--dry_run"))
+    assert settings.name == "data-hp-modelzoo-continual-inherit-weigh_by_round-seed=0"
     settings = read_settings("x", "modelzoo", flags(workspace, *CONTINUAL, "--dry_run"))
     assert settings.name == "data-hp-modelzoo-continual-inherit-seed=0"
     loaded = prepare(settings)

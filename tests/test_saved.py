@@ -73,12 +73,13 @@ def test_a_fresh_process_needs_three_lines(workspace, environment, off):
     torch.testing.assert_close(found, Zoo.load(saved, "cpu").predict(images, 0), rtol=0, atol=off)
 
 
-def test_a_loaded_zoo_weighs_its_learners_as_the_run_did(workspace):
-    start(workspace, "a", "--continual", "--replay_frac", "0.25", "--save_nets")
+@pytest.mark.parametrize("more, weights", [((), (4, 1, 1)), (("--weigh_by_round",), (4, 2, 3))])
+def test_a_loaded_zoo_weighs_its_learners_as_the_run_did(workspace, more, weights):
+    start(workspace, "a", "--continual", "--replay_frac", "0.25", "--save_nets", *more)
     zoo = Zoo.load(workspace / "runs/a", "cpu")
     stored = [load_tensors(learner_path(workspace / "runs/a", k), "cpu") for k in range(3)]
-    a, b, c = (s["test_logits"][s["tasks"].index(0)].double().softmax(1) for s in stored)
-    mean = (4 * a + b + c) / 6
+    each = [s["test_logits"][s["tasks"].index(0)].double().softmax(1) for s in stored]
+    mean = sum(w * p for w, p in zip(weights, each, strict=True)) / sum(weights)
     torch.testing.assert_close(zoo.predict_log_probs(0).exp(), mean)
     arrays = make_arrays()
     rows = np.concatenate([np.flatnonzero(arrays["test_labels"] == label) for label in (0, 1)])
@@ -90,7 +91,7 @@ def test_each_learner_predicts_through_its_own_head(saved):
     zoo, arrays = Zoo.load(saved, "cpu"), make_arrays()
     one = zoo.learners[1]
     assert one.tasks == (0, 1)
-    zoo.learners, zoo.nets = [replace(one, tasks=(1, 0))], zoo.nets[1:2]
+    zoo.learners, zoo.nets, zoo.shares = [replace(one, tasks=(1, 0))], zoo.nets[1:2], zoo.shares[1:2]
     rows = np.concatenate([np.flatnonzero(arrays["test_labels"] == label) for label in (0, 1)])
     through_head_0 = one.test_logits[0].double().softmax(1)
     torch.testing.assert_close(zoo.predict(arrays["test_images"][rows], 1), through_head_0, rtol=1e-5, atol=1e-6)

@@ -123,12 +123,16 @@ def test_zoo_speaks_with_the_learners_that_know_the_task():
     assert zoo.accuracy == [1, 0]
 
 
-@pytest.mark.parametrize("r, mean", [(1.0, 0.45), (0.5, 0.525)])  # (.75 + .5 + .1) / 3, (2 * .75 + .5 + .1) / 4
-def test_three_learners(r, mean):
-    labels = [torch.tensor([0])]
-    zoo = Zoo(labels, labels, [2], r)
-    for p in (0.75, 0.5, 0.1):
-        zoo.add(learner([0], [[[math.log(p), math.log(1 - p)]]]))
+@pytest.mark.parametrize("r, weigh_by_round, mean", [
+    (1.0, False, 0.45), (0.5, False, 0.525),  # (.75 + .5 + .1) / 3, (2 * .75 + .5 + .1) / 4
+    (1.0, True, 2.15 / 7), (0.5, True, 0.3625),  # (.75 + 2 * .5 + 4 * .1) / 7, (2 * .75 + 2 * .5 + 4 * .1) / 8
+])  # fmt: skip
+def test_three_learners(r, weigh_by_round, mean):
+    """And one of another task, which comes third."""
+    labels = [torch.tensor([0])] * 2
+    zoo = Zoo(labels, labels, [2, 2], r, weigh_by_round)
+    for t, p in ((0, 0.75), (0, 0.5), (1, 0.9), (0, 0.1)):
+        zoo.add(learner([t], [[[math.log(p), math.log(1 - p)]]]))
     assert zoo.predict_log_probs(0).exp()[0, 0].item() == pytest.approx(mean)
     assert zoo.loss[0] == pytest.approx(-math.log(mean))
 

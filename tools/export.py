@@ -43,7 +43,7 @@ class ZooModule(nn.Module):
         # Contiguous: weights that lie channels_last in memory cannot all be saved without a warning.
         self.nets = nn.ModuleList(zoo.nets).to(memory_format=torch.contiguous_format).requires_grad_(False)
         self.tasks = [learner.tasks for learner in zoo.learners]
-        self.classes, self.weights, self.first_weight = zoo.classes, zoo.weights, 1 / zoo.replay_frac
+        self.classes, self.weights, self.shares = zoo.classes, zoo.weights, zoo.shares
         unique = len(set(zoo.names)) == len(zoo.names)
         self.names = zoo.names if unique else [f"{t} {name}" for t, name in enumerate(zoo.names)]
         self.image_shape = tuple(zoo.learners[0].net["image_shape"])
@@ -55,12 +55,12 @@ class ZooModule(nn.Module):
         The weights are `Zoo`'s; its mean is taken in logarithms, which probabilities need not be.
         """
         x, sums = normalise(images), {}
-        for net, tasks in zip(self.nets, self.tasks, strict=True):
+        for net, tasks, shares in zip(self.nets, self.tasks, self.shares, strict=True):
             features = net.backbone(x)
-            for i, t in enumerate(tasks):
+            for i, (t, share) in enumerate(zip(tasks, shares, strict=True)):
                 c = self.classes[t]
-                p = F.linear(features, net.heads.weight[i, :c], net.heads.bias[i, :c]).softmax(1)
-                sums[t] = sums[t] + p if t in sums else p * self.first_weight
+                p = F.linear(features, net.heads.weight[i, :c], net.heads.bias[i, :c]).softmax(1) * share
+                sums[t] = sums[t] + p if t in sums else p
         # Not len(x): that would fix the batch size in the file.
         return {name: sums[t] / self.weights[t] if t in sums else x.new_full((x.shape[0], c), 1 / c)
                 for t, (name, c) in enumerate(zip(self.names, self.classes, strict=True))}  # fmt: skip

@@ -22,7 +22,7 @@ DATA = ("dataset", "keywords", "path", "size", "tasks")  # one setting here: whi
 SHAPES = {"cifar100": (3, 32, 32), "cifar10": (3, 32, 32), "mini_imagenet": (3, 84, 84)} | dict.fromkeys(
     ("mnist", "rotated_mnist", "permuted_mnist", "digits", "rotated_digits"), (1, 28, 28))  # fmt: skip
 # They mean nothing for other kinds.
-ZOO_FLAGS = ("num_rounds", "tasks_per_round", "replay_frac", "naive", "warm_start", "inherit")
+ZOO_FLAGS = ("num_rounds", "tasks_per_round", "replay_frac", "naive", "warm_start", "inherit", "weigh_by_round")
 PEER_KINDS = {f"avalanche-{method}": f"Avalanche {name}" for method, name in peers.METHODS.items()}
 METRICS = ("average_accuracy", "learning_accuracy", "forgetting", "backward_transfer")
 TRANSFER = "forward_transfer"  # the metric that takes the Isolated group as well
@@ -167,7 +167,7 @@ def find_isolated(group, groups):
     """
 
     def rest(run):
-        ignored = ("tasks", "all_tasks", "tasks_per_round", "replay_frac", "naive", "inherit")
+        ignored = ("tasks", "all_tasks", "tasks_per_round", "replay_frac", "naive", "inherit", "weigh_by_round")
         return run.over, {k: v for k, v in run.settings.items() if k not in ignored}
 
     if group.runs[0].kind == "Model Zoo":
@@ -311,7 +311,7 @@ def load_log_probs(run):
     folder, classes = Path(run.path), [len(task) for task in json.loads(run.tasks)[-1]]
     try:
         labels = load_tensors(folder / "test_labels.pt", "cpu")[: len(classes)]
-        zoo = Zoo([], labels, classes, run.settings["replay_frac"])
+        zoo = Zoo([], labels, classes, run.settings["replay_frac"], run.settings["weigh_by_round"])
         learners = [(WARM, list(range(len(classes))))] * run.settings["warm_start"]
         learners += [(k, r["tasks"]) for k, r in enumerate(run.rounds)]
         for k, _ in learners:

@@ -64,6 +64,7 @@ class Settings:
     naive: bool = False
     warm_start: bool = False
     inherit: bool = False
+    weigh_by_round: bool = False
     resume: bool = False
     save_nets: bool = False
     tensorboard: bool = False
@@ -141,6 +142,8 @@ def add_modelzoo_flags(p):
     p.add_argument("--warm_start", action="store_true", help="before round 1, one learner on all tasks joins")
     p.add_argument("--inherit", action="store_true",
                    help="a learner's backbone starts as the one before it ended (default: afresh)")
+    p.add_argument("--weigh_by_round", action="store_true",
+                   help="the n-th learner weighs n times as much in the zoo's mean (default: all alike)")
     p.add_argument("--save_nets", action="store_true", help="keep the networks' weights in the run folder")
     p.add_argument("--extend", metavar="RUN", help="begin with the learners of this run folder (continual)")
 
@@ -252,7 +255,7 @@ def _check_rounds(flags, num_tasks):
 def default_name(method, flags, more=()):
     """Name a run by its files and by every flag given that changes what it computes, those in `more` too."""
     parts = [Path(flags["data_config"]).stem, Path(flags["hp_config"]).stem, method]
-    for flag in ("continual", "naive", "warm_start", "inherit"):
+    for flag in ("continual", "naive", "warm_start", "inherit", "weigh_by_round"):
         parts += [flag] if flags.get(flag) else []
     for flag in ("num_tasks", "num_rounds", "tasks_per_round", "replay_frac", "samples", "epochs", "batch", "lr",
                  "val_frac", *more):  # fmt: skip

@@ -150,7 +150,8 @@ def find_run(settings, device, precision, train, test):
 def describe(settings, device, precision, train, plan):
     """A run in two lines: what it trains, and on what. Arguments as of `open_run`."""
     kind = {"modelzoo": "Model Zoo, " + ("continual" if settings.continual else "multi-task: all tasks are known")
-                        + ", each learner from the one before" * settings.inherit,
+                        + ", each learner from the one before" * settings.inherit
+                        + ", weighed by round" * settings.weigh_by_round,
             "multihead": "Multi-Head, joint training on all tasks"}.get(settings.method, settings.method)  # fmt: skip
     most, epochs = max(n for n, _ in plan), settings.epochs
     parameters = count_parameters(settings.model, train.images.shape[1:], train.classes[:most], settings.dropout)

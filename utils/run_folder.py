@@ -23,7 +23,8 @@ from utils.device import out_of_memory
 FREE = ("resume", "dry_run", "out", "name", "data_dir", "tensorboard", "extend", "data_config",
         "hp_config", "capture")  # fmt: skip
 # Settings that older runs did not record, and what they were.
-LATER = {"task_order": 0, "inherit": False, **dict.fromkeys(("val_frac", "keywords", "flip")),
+LATER = {"task_order": 0, "inherit": False, "weigh_by_round": False,
+         **dict.fromkeys(("val_frac", "keywords", "flip")),
          **{key: default for key, (_, default) in OPTIONAL.items()}}  # fmt: skip
 # What a file system says of a call that it does not have: those of clusters, of other systems and in memory lack some.
 LACKING = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
