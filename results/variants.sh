@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Which inheritance? On a fifth of the training rows held out, no test row: results/inherit.md, second and third table.
+# Which inheritance? On a fifth of the training rows held out, no test row: results/inherit.md, "Which inheritance".
 #
-#     results/variants.sh    # conv.yaml, 5 epochs; 9 hours on one core of an AMD EPYC
+#     results/variants.sh    # conv.yaml, 5 epochs; 5.2 hours on one core of an AMD EPYC
 #
 # From the environment also WAYS, which of the ways. See results/common.sh.
 . "$(dirname "$0")/common.sh"
