@@ -20,7 +20,6 @@ from utils.log import task_names
 from utils.metrics import accuracy, log_probs, negative_log_likelihood
 from utils.pretrained import freeze_backbone
 from utils.run import check_extension, find_looked_at, finish, open_run, place, plan_rounds, prepare, split_val
-from utils.run_folder import LATER
 from utils.run_net import make_generator, predict_logits
 
 
@@ -117,7 +116,6 @@ class Zoo:
         """
         settings, labels, learners, nets = load_run(folder, choose_device(device))
         n = len(labels)
-        settings = LATER | settings
         zoo = cls([], labels, [len(task) for task in settings["tasks"]][:n], settings["replay_frac"],
                   settings["weigh_by_round"])  # fmt: skip
         zoo.class_names = settings["class_names"]

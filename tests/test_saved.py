@@ -86,6 +86,15 @@ def test_a_loaded_zoo_weighs_its_learners_as_the_run_did(workspace, more, weight
     torch.testing.assert_close(zoo.predict(arrays["test_images"][rows], 0), mean, rtol=1e-5, atol=1e-6)
 
 
+def test_a_run_from_before_the_flag_weighs_its_learners_alike(workspace):
+    start(workspace, "a", "--continual")
+    path = workspace / "runs/a/config.yaml"
+    text = path.read_text()
+    assert text.count("weigh_by_round: false") == 1
+    path.write_text("\n".join(line for line in text.splitlines() if "weigh_by_round" not in line))
+    assert Zoo.load(path.parent, "cpu").weights == [3, 2, 1]
+
+
 def test_each_learner_predicts_through_its_own_head(saved):
     """Heads stand in the order in which a learner's tasks were drawn, which need not be the config's."""
     zoo, arrays = Zoo.load(saved, "cpu"), make_arrays()

@@ -9,7 +9,7 @@ from torch import Tensor
 from net import MEAN, STD
 from net.build_net import build_net
 from utils.config_files import ConfigError, load_yaml
-from utils.run_folder import RunError, load_tensors, load_whole, save_tensors, set_aside
+from utils.run_folder import LATER, RunError, load_tensors, load_whole, save_tensors, set_aside
 
 COST = ("seconds", "rows_trained", "parameters")  # of a learner; a run's are the sums over its learners
 WARM = -1  # the "round" of the learner that --warm_start trains before the first round
@@ -176,7 +176,7 @@ def load_run(folder, device):
     path = Path(folder) / "config.yaml"
     try:
         about = load_yaml(path)
-        settings = about["settings"]
+        settings = LATER | about["settings"]
         settings["class_names"] = about.get("class_names") or [list(map(str, task)) for task in settings["tasks"]]
         first = WARM if settings["warm_start"] else 0
         n = settings["num_rounds"] if settings["continual"] else len(settings["tasks"])

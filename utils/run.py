@@ -18,7 +18,6 @@ from utils.log import RunLog, print_result, say_folded, task_names
 from utils.pretrained import load_weights
 from utils.run_folder import (
     FREE,
-    LATER,
     check_folder,
     load_tensors,
     naming_memory,
@@ -263,7 +262,6 @@ def check_extension(settings, device, precision, train, test):
         return []
     folder, mine = Path(settings.extend), record(settings, device, precision)
     theirs, _, learners, nets = load_run(folder, "cpu")
-    theirs = LATER | theirs
     if settings.inherit and nets[-1] is None:
         raise ConfigError(f"--inherit: {folder} kept no network to inherit from; run that again with --inherit, or "
                           "extend it without")  # fmt: skip
