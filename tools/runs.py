@@ -167,8 +167,7 @@ def find_isolated(group, groups):
     """
 
     def rest(run):
-        ignored = ("tasks", "all_tasks", "tasks_per_round", "replay_frac", "naive", "inherit", "weigh_by_round")
-        return run.over, {k: v for k, v in run.settings.items() if k not in ignored}
+        return run.over, {k: v for k, v in run.settings.items() if k not in ("tasks", "all_tasks", *ZOO_FLAGS)}
 
     if group.runs[0].kind == "Model Zoo":
         for other in groups:
