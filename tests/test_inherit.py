@@ -245,11 +245,11 @@ def test_name_opening_line_and_memory_say_so(workspace, capsys):
     assert settings.name == "data-hp-modelzoo-continual-inherit-seed=0"
     loaded = prepare(settings)
     sizes = []
-    for more in ((), ("--save_nets",)):
+    for more, also in (((), ""), (("--save_nets", "--weigh_by_round"), ", weighed by round")):
         settings = read_settings("x", "modelzoo", flags(workspace, *CONTINUAL, "--dry_run", *more))
         estimate(settings, *loaded, plan_rounds(settings, loaded[2]))
         out = " ".join(capsys.readouterr().out.split())
-        assert "Model Zoo, continual, each learner from the one before: 3 tasks" in out
+        assert f"Model Zoo, continual, each learner from the one before{also}: 3 tasks" in out
         sizes.append(float(out.partition("learners' files ")[2].partition(" MB")[0]))
     assert sizes[1] == pytest.approx(3 * sizes[0], abs=0.2)  # of numbers with one decimal
 
