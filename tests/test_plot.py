@@ -162,6 +162,14 @@ def test_points_of_several_machines_make_one_figure(tmp_path):
     assert plot_of("compute", tmp_path / "both.csv", "--file", tmp_path / "both.svg") == 0
 
 
+def test_no_two_lines_have_one_colour_and_mark():
+    """Found by nine methods in the README's figure: the eighth had the first's blue dots."""
+    points = read_points([Path(__file__).parents[1] / "results/compute.csv"])
+    lines = plot.draw("compute", [], points).axes[0].lines
+    assert len(lines) == points["method"].nunique() > len(plot.COLOURS)
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == len(lines)
+
+
 @pytest.mark.parametrize(("text", "message"), [
     (None, "cannot be read (No such file"), ("", "not a table of points"), ("a,b\n1,2\n", "no column epochs"),
     (b"\xff\xfe\x00", "not a table of points"), ("HEADER\n", "holds no points"),

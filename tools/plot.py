@@ -67,6 +67,11 @@ def make_figure(height, width=WIDTH):
     return Figure((width, height), layout="constrained")
 
 
+def choose_style(i):
+    """Colour, line and mark of the i-th of several lines; a colour that comes again comes with another mark."""
+    return COLOURS[i % len(COLOURS)], LINES[i % len(LINES)], MARKS[(i + i // len(COLOURS)) % len(MARKS)]
+
+
 def choose(kind, groups):
     """The groups that a figure of this kind can show together.
 
@@ -155,7 +160,7 @@ def _draw_tasks(frame, names, xlabel):
     figure, axes = _panels(len(names), 5, frame["x"].max(), xlabel)
     handles, several = {}, False
     for i, (label, of_group) in enumerate(frame.groupby("group", sort=False)):
-        colour, line, mark = COLOURS[i % len(COLOURS)], LINES[i % len(LINES)], MARKS[i % len(MARKS)]
+        colour, line, mark = choose_style(i)
         for t, axis in enumerate(axes):
             at = _summarise(of_group[of_group["task"] == t], "x")
             means = [100 * s.mean for s in at.values()]
@@ -267,7 +272,7 @@ def draw_compute(points):
     titles = {"operations": "floating-point operations of training", "parameters": "parameters stored",
               "stored_rows": "training rows stored"}  # fmt: skip
     for i, (label, line) in enumerate(points.groupby("method", sort=False)):
-        colour, mark, style = COLOURS[i % len(COLOURS)], MARKS[i % len(MARKS)], LINES[i % len(LINES)]
+        colour, style, mark = choose_style(i)
         line = line.sort_values("epochs")
         for axis, key in zip(axes, titles, strict=True):
             if line[key].notna().all():
