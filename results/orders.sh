@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Does the order of the tasks matter, with and without --inherit? results/inherit.md, the table of orders.
 #
-#     results/orders.sh    # conv.yaml, 5 epochs, three orders; 11 hours on one core of an AMD EPYC
+#     results/orders.sh    # conv.yaml, 5 epochs, three orders: 18 runs, each 10 minutes on one core of an AMD EPYC (family 26)
 #
 # From the environment also ORDERS (0 1 2; 0 is the file's). See results/common.sh.
 . "$(dirname "$0")/common.sh"
