@@ -68,7 +68,7 @@ def make_figure(height, width=WIDTH):
 
 
 def choose_style(i):
-    """Colour, line and mark of the i-th of several lines; a colour that comes again comes with another mark."""
+    """Colour, line and mark of the i-th of several methods; a colour that comes again comes with another mark."""
     return COLOURS[i % len(COLOURS)], LINES[i % len(LINES)], MARKS[(i + i // len(COLOURS)) % len(MARKS)]
 
 
@@ -226,12 +226,13 @@ def draw_dots(groups):
     figure = make_figure(0.8 + (0.2 + 0.14 * max(label.count("\n") + 1 for label in labels)) * len(groups))
     axis = figure.subplots()
     for i, group in enumerate(groups):
+        colour, _, mark = choose_style(i)
         values = [100 * x for x in found[group.label]["average_accuracy"].values()]
         s = summarise(values)
         if s.n > 1:
             axis.scatter(values, [i + 0.22] * s.n, s=7, color="#888888", linewidth=0)
-        axis.errorbar(s.mean, i, xerr=None if s.low is None else s.high - s.mean, color=COLOURS[i % len(COLOURS)],
-                      marker=MARKS[i % len(MARKS)], markersize=6, capsize=3, linewidth=1.5, zorder=3)  # fmt: skip
+        axis.errorbar(s.mean, i, xerr=None if s.low is None else s.high - s.mean, color=colour, marker=mark,
+                      markersize=6, capsize=3, linewidth=1.5, zorder=3)  # fmt: skip
         text = f"{_mean_text(s, 1)}  (n = {s.n})"
         axis.annotate(text, (1, i), (5, 0), xycoords=("axes fraction", "data"), textcoords="offset points", va="center",
                       annotation_clip=False)  # fmt: skip
