@@ -6,7 +6,8 @@
 #   EPOCHS    where a script trains for one length, or for several
 #   PEERS     where a script runs Avalanche's methods, which of them; "" for none
 #   MORE      flags for every run, such as "--samples 5 --epochs 1", which give another table sooner
-# A script that is started again goes on: only what is missing is run. Two shells with other SEEDS share the work.
+# A script that is started again goes on: only what is missing is run. Two shells share the work, each with other SEEDS
+# and, where a script takes them, other ISOLATED.
 set -eu
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

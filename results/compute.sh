@@ -4,13 +4,14 @@
 #     results/compute.sh    # four days on one core of an AMD EPYC; EPOCHS="1 5" SHORT="2": one
 #
 # From the environment also SHORT, the lengths of the methods that are cheap (2 10 40 80; those of EPOCHS as well), WIDE,
-# those of the wider network, and FIGURE, the file that is written. Needs requirements-peers.txt. See results/common.sh.
+# those of the wider network, ISOLATED, the seeds of Isolated and of Multi-Head (0 1 2 3; every four of them make an
+# average), and FIGURE, the file that is written. Needs requirements-peers.txt. See results/common.sh.
 # The numbers of the figure go to $OUT/compute.csv; results/compute.csv holds those that the README's is drawn from:
 #
 #     python tools/plot.py compute results/compute.csv --file results/figures/compute.png
 . "$(dirname "$0")/common.sh"
 all=(${EPOCHS:-1 5 20}) short=(${SHORT-2 10 40 80})
-wide=(${WIDE-${all[@]}})
+wide=(${WIDE-${all[@]}}) isolated=(${ISOLATED:-0 1 2 3})
 mkdir -p "$OUT"
 # As many parameters as the whole zoo of 20 learners, 2.5 M.
 sed 's/^model: conv$/model: conv_361/' config/hyperparam/conv.yaml > "$OUT/wide.yaml"
@@ -18,19 +19,23 @@ data=(--data_config config/dataset/coarse_cifar100.yaml)
 conv=("${data[@]}" --hp_config config/hyperparam/conv.yaml)
 runs=() ensembles=()
 for epochs in "${all[@]}" "${short[@]}"; do
-  isolated=() joint=()
-  for seed in $SEEDS 3; do
-    flags=("${conv[@]}" --epochs "$epochs" --seed "$seed")
-    run modelzoo.py "isolated-e$epochs-$seed" "${flags[@]}" --continual --tasks_per_round 1
-    run multihead.py "joint-e$epochs-$seed" "${flags[@]}"
-    isolated+=("$OUT/isolated-e$epochs-$seed") joint+=("$OUT/joint-e$epochs-$seed")
-  done
   for seed in $SEEDS; do
     flags=("${conv[@]}" --epochs "$epochs" --seed "$seed")
     run modelzoo.py "isolated-inherit-e$epochs-$seed" "${flags[@]}" --continual --tasks_per_round 1 --inherit
-    runs+=("$OUT/isolated-inherit-e$epochs-$seed" "$OUT/isolated-e$epochs-$seed" "$OUT/joint-e$epochs-$seed")
+    runs+=("$OUT/isolated-inherit-e$epochs-$seed")
   done
-  ensembles+=(--ensemble "${isolated[@]}" --ensemble "${joint[@]}")
+  for seed in "${isolated[@]}"; do
+    flags=("${conv[@]}" --epochs "$epochs" --seed "$seed")
+    run modelzoo.py "isolated-e$epochs-$seed" "${flags[@]}" --continual --tasks_per_round 1
+    run multihead.py "joint-e$epochs-$seed" "${flags[@]}"
+    runs+=("$OUT/isolated-e$epochs-$seed" "$OUT/joint-e$epochs-$seed")
+  done
+  for kind in isolated joint; do
+    for ((i = 0; i + 4 <= ${#isolated[@]}; i += 4)); do
+      ensembles+=(--ensemble)
+      for seed in "${isolated[@]:i:4}"; do ensembles+=("$OUT/$kind-e$epochs-$seed"); done
+    done
+  done
 done
 for epochs in "${all[@]}"; do
   for seed in $SEEDS; do

@@ -4,6 +4,7 @@
     python results/variants.py star FLAGS             # as modelzoo.py FLAGS, but inheriting in another way; see WAYS
     python results/variants.py members RUN ...        # how alike the learners of runs are, and what their mean gives
 """
+import io
 import sys
 from dataclasses import replace
 from itertools import combinations
@@ -20,10 +21,10 @@ import multihead  # noqa: E402
 from datasets.cifar import load_cifar100  # noqa: E402
 from utils.command import command, guard  # noqa: E402
 from utils.config_files import ConfigError  # noqa: E402
-from utils.learner import WARM, learner_path, load_run  # noqa: E402
+from utils.learner import WARM, learner_path  # noqa: E402
 from utils.log import say  # noqa: E402
 from utils.metrics import accuracy, average_accuracy  # noqa: E402
-from utils.run_folder import load_tensors  # noqa: E402
+from utils.run_folder import load_tensors, write_file  # noqa: E402
 
 
 def hold_out(data, new):
@@ -37,7 +38,9 @@ def hold_out(data, new):
     Path(new).mkdir(parents=True, exist_ok=True)
     arrays = {f"{split}_{what}": array[rows] for split, rows in (("train", ~held), ("test", held))
               for what, array in (("images", images), ("labels", labels))}  # fmt: skip
-    np.savez(Path(new) / "cifar100.npz", **arrays)
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    write_file(Path(new) / "cifar100.npz", file.getvalue())
 
 
 def inherit_from_the_first(load=multihead.load_backbone):
@@ -119,24 +122,27 @@ def compare_members(paths):
     """Print a line a run: the zoo's accuracy, with weights that grow with the round, of the last learner alone, ..."""
     say("| run | mean | weights by round | last alone | a member | two differ |\n|---|---:|---:|---:|---:|---:|")
     for path in paths:
-        _, labels, learners, _ = load_run(path, "cpu")
-        found = []
-        for t, y in enumerate(labels):
-            knowing = [(k + 1.0, one) for k, one in enumerate(learners) if t in one.tasks]
+        zoo, found = modelzoo.Zoo.load(path, "cpu"), []
+        for t, y in enumerate(zoo.test_labels):
+            knowing = [(k + 1.0, one) for k, one in enumerate(zoo.learners) if t in one.tasks]
+            if not knowing:
+                raise ConfigError(f"{path}: no learner knows {zoo.names[t]} yet; finish the run with --resume first")
             weights, logits = zip(*((k, one.test_logits[one.tasks.index(t)]) for k, one in knowing), strict=True)
             right = [accuracy(x, y) for x in logits]
             differ = [(a.argmax(1) != b.argmax(1)).double().mean().item() for a, b in combinations(logits, 2)]
-            means = [modelzoo.ensemble_log_probs(logits, w) for w in ([1.0] * len(logits), weights)]
+            means = zoo.predict_log_probs(t), modelzoo.ensemble_log_probs(logits, weights)
             found.append([*(accuracy(p, y) for p in means), right[-1], sum(right) / len(right),
                           sum(differ) / len(differ) if differ else None])  # fmt: skip
-        columns = [average_accuracy([[x for x in column if x is not None]]) for column in zip(*found, strict=True)]
-        say(f"| {Path(path).name} | " + " | ".join(f"{100 * x:.2f}" for x in columns) + " |")
+        known = [[x for x in column if x is not None] for column in zip(*found, strict=True)]
+        columns = [f"{100 * average_accuracy([column]):.2f}" if column else "–" for column in known]
+        say(f"| {Path(path).name} | {' | '.join(columns)} |")
 
 
 def main(argv):
     """Do what the first word says; return the exit status."""
     word, rest = (argv or [""])[0], argv[1:]
-    if word in WAYS:
+    needed = {"--inherit", *["--save_nets"] * (word == "heads")}  # without which a way changes nothing
+    if word in WAYS and needed <= {*rest}:
         WAYS[word]()
         return command("variants.py", "modelzoo", modelzoo.run, rest)
 
@@ -145,6 +151,8 @@ def main(argv):
             hold_out(*rest)
         elif word == "members" and rest:
             compare_members(rest)
+        elif word in WAYS:
+            raise ConfigError(f"{word} needs {' and '.join(sorted(needed))}")
         else:
             raise ConfigError(f"give hold_out DATA NEW, members RUN ..., or one of {', '.join(WAYS)} and a zoo's flags")
 

@@ -67,6 +67,21 @@ def test_a_dry_run_says_what_becomes_of_a_folder_that_is_there(workspace, capsys
     assert files(workspace) == before
 
 
+def test_a_dry_run_counts_what_is_left(workspace, capsys):
+    """Of an extended run the new learners; a warm start that is there is one of those found."""
+    write_yaml(workspace / "data.yaml", {"dataset": "npz", "path": "toy.npz", "tasks": [[0, 1], [2, 3]]})
+    start(workspace, "old", "--continual")
+    write_yaml(workspace / "data.yaml", {"dataset": "npz", "path": "toy.npz", "tasks": [[0, 1], [2, 3], [4, 5]]})
+    assert try_out(workspace, "--continual", "--extend", str(workspace / "runs/old")) == 0
+    assert "written: 120 rows in 16 steps" in (out := capsys.readouterr().out) and " in all that is left " in out
+    words = ("--warm_start", "--num_rounds", "2", "--tasks_per_round", "2")
+    start(workspace, "warm", *words)
+    (workspace / "runs/warm/learners/001.pt").unlink()
+    capsys.readouterr()
+    assert try_out(workspace, "--name", "warm", "--resume", *words) == 0
+    assert "written: 80 rows in 10 steps" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("model, batch", [("conv", 8), ("wrn16_4", 7)])
 def test_a_dry_run_times_real_steps(workspace, capsys, model, batch):
     hyper = {"model": model, "batch": batch, "lr": 0.01, "l2_reg": 0, "dropout": 0.1, "epochs": 2, "augment": True}

@@ -49,6 +49,17 @@ def test_forward_transfer_is_of_the_same_seed_and_settings(tmp_path):
     assert frame["Isolated"].isna().all()
 
 
+def test_forward_transfer_is_of_the_same_tasks_in_the_same_order(tmp_path):
+    """Found by Isolated of a file that lists the tasks the other way round: its numbers were taken place by place."""
+    tasks = [[0, 1], [2, 3]]
+    zoo = make_run(tmp_path / "zoo", [[0.5, 0.5], [0.5, 0.8]], tasks=tasks)
+    other = make_run(tmp_path / "other", [[0.1, 0.1], [0.7, 0.2]], tasks=tasks[::-1], tasks_per_round=1)
+    same = make_run(tmp_path / "same", [[0.1, 0.1], [0.2, 0.7]], tasks=tasks, tasks_per_round=1)
+    assert load_frame([zoo, other])["forward_transfer"].isna().all()
+    frame = load_frame([zoo, other, same]).set_index("run")
+    assert frame.forward_transfer[str(zoo)] == pytest.approx(0.8 - 0.7)
+
+
 def test_a_row_a_run_and_task(tmp_path):
     """With tasks_per_round 2, rounds 0, 1 and 2 train on tasks (0), (0, 1) and (0, 2)."""
     frame = load_frame([make_run(tmp_path / "zoo", ZOO, 3, names=["a", "b", "c"])], rows="task")

@@ -65,6 +65,16 @@ def test_resumed_and_extended_once_more_it_ends_in_the_same_bits(grown):
     assert further["accuracy_matrix"] == whole["accuracy_matrix"]
 
 
+def test_rows_that_only_a_run_in_between_has_seen_must_be_there(grown, capsys):
+    """Found by a run that extends one which had gained rows: those that this one had trained on were not asked for."""
+    start(grown, "new", "--continual", "--extend", str(grown / "runs/old"))
+    np.savez(grown / "data/toy.npz", **make_arrays())  # without the 6 rows
+    words = flags(grown, "--continual", "--name", "further", "--extend", str(grown / "runs/new"))
+    assert command("modelzoo.py", "modelzoo", modelzoo.run, words) == 2
+    assert "training rows of task 0 (counted from 0) are gone" in capsys.readouterr().err
+    assert not (grown / "runs/further").exists()
+
+
 def refuse(grown, capsys, *more, message):
     words = flags(grown, "--continual", "--name", "new", "--extend", str(grown / "runs/old"), *more)
     assert command("modelzoo.py", "modelzoo", modelzoo.run, words) == 2
@@ -94,6 +104,8 @@ def test_rows_that_went_or_changed_are_refused(grown, capsys, key, change, messa
 def test_samples_replay_and_older_runs_are_told_why(grown, capsys):
     (grown / "runs/old/rows.pt").unlink()
     refuse(grown, capsys, message="it did not record its rows one by one")
+    (grown / "runs/old/rows.pt").write_bytes(b"half")
+    refuse(grown, capsys, message="rows.pt: damaged; remove it, and the run's own command with --resume")
 
 
 def test_a_share_of_past_rows_stays_as_it_is(grown, capsys):

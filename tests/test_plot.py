@@ -1,15 +1,18 @@
 """tools/plot.py: what is drawn, by hand; files of every kind; bad input."""
+import errno
 import json
 import math
+import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.runfolders import make_run, make_seeds
 from tools import plot
-from tools.points import NUMBERS, TEXTS, read_points
-from tools.runs import group_runs, read_run
+from tools.points import NUMBERS, TEXTS, count_work, list_points, read_points
+from tools.runs import group_runs, read_run, read_runs
 from utils.command import guard
 
 colors = pytest.importorskip("matplotlib.colors")
@@ -192,6 +195,35 @@ def test_compute_leaves_out_what_does_not_say_its_cost(tmp_path, zoo, capsys):
     unknown = make_run(tmp_path / "own", [[0.5, 0.5, 0.5]], dataset="npz", method="multihead")
     assert plot_of("compute", *zoo, unknown, "--file", tmp_path / "a.svg") == 2
     assert "Multi-Head: this kind of run has no place in the figure compute" in capsys.readouterr().err
+
+
+def test_points_are_of_all_seeds_and_members(tmp_path):
+    """Seeds that trained on 100, 300 and 200 rows; an ensemble of two networks; a frozen one is left out."""
+    row = 46_877_280  # of conv on digits, see above
+    zoo = [make_run(tmp_path / f"zoo{seed}", [[0.5]], seed=seed, cost=(1.0, rows, 40))
+           for seed, rows in enumerate((100, 300, 200))]  # fmt: skip
+    joint = [make_run(tmp_path / model, [[0.5]], method="multihead", model=model, cost=(1.0, 10, 40))
+             for model in ("conv", "conv_20")]  # fmt: skip
+    frozen = make_run(tmp_path / "frozen", [[0.5]], method="multihead", freeze=True)
+    groups, _ = group_runs(read_runs("x", zoo))
+    points = list_points(groups)
+    assert points.rows_trained.tolist() == [200] and points.operations.tolist() == [200 * row]
+    conv, small = (count_work(read_run(path)) for path in joint)
+    assert conv == 10 * row and 0 < small < conv
+    runs = [read_run(path) for path in joint]
+    both = replace(runs[0], members=tuple(runs), cost=runs[0].cost | {"rows_trained": 20})
+    assert count_work(both) == conv + small
+    assert list_points(group_runs([both])[0]).model.tolist() == ["conv; conv_20"]
+    assert plot.choose("compute", group_runs([read_run(frozen)])[0])[0] == []
+
+
+def test_a_figure_that_cannot_be_written_leaves_the_one_before(tmp_path, zoo, capsys, monkeypatch):
+    file = tmp_path / "a.svg"
+    file.write_text("before")
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    assert plot_of("dots", *zoo, "--file", file) == 2
+    assert f"{file}: cannot be written (No space left" in (err := capsys.readouterr().err) and err.count("\n") == 1
+    assert file.read_text() == "before" and not list(tmp_path.glob(".*"))
 
 
 def test_draws_show_shares_and_weights(zoo):

@@ -157,17 +157,30 @@ def test_members_by_hand(tmp_path, capsys, monkeypatch):
     """Three learners of one task, whose probabilities of class 1 on three rows of class 1 are given."""
     chances = ([0.9, 0.1, 0.3], [0.8, 0.6, 0.2], [0.3, 0.6, 0.9])
     logits = [torch.tensor([[1 - x, x] for x in row]).log() for row in chances]
-    learners = [SimpleNamespace(tasks=(0,), test_logits=(x,)) for x in logits]
-    monkeypatch.setattr(variants, "load_run", lambda path, device: ({}, [torch.tensor([1, 1, 1])], learners, []))
-    assert variants.main(["members", "a/run"]) == 0
+    learners = [SimpleNamespace(tasks=(0,), train_logits=(x,), test_logits=(x,)) for x in logits]
+    settings = {"tasks": [["0", "1"]], "class_names": [["0", "1"]], "names": None, "replay_frac": 1.0}
+
+    def members(of, weigh_by_round=False):
+        settings["weigh_by_round"] = weigh_by_round
+        monkeypatch.setattr(modelzoo, "load_run", lambda path, _: (settings, [torch.tensor([1, 1, 1])], of, []))
+        status = variants.main(["members", "a/run"])
+        caught = capsys.readouterr()
+        return status, (caught.out if status == 0 else caught.err).splitlines()[-1]
+
     # Means 0.667, 0.433, 0.467; by rounds 1, 2, 3 (0.9 + 1.6 + 0.9) / 6 = 0.567, 0.517, 0.567; the last 0, 1, 1;
     # a member 1/3, 2/3 and 2/3; they differ in 1, 3 and 2 of 3 rows.
-    assert capsys.readouterr().out.splitlines()[-1] == "| run | 33.33 | 100.00 | 66.67 | 55.56 | 66.67 |"
+    assert members(learners) == (0, "| run | 33.33 | 100.00 | 66.67 | 55.56 | 66.67 |")
+    # The first column is the run's own accuracy; of a single member no two differ.
+    assert members(learners, weigh_by_round=True) == (0, "| run | 100.00 | 100.00 | 66.67 | 55.56 | 66.67 |")
+    assert members(learners[:1]) == (0, "| run | 33.33 | 33.33 | 33.33 | 33.33 | – |")
+    assert members([]) == (2, "variants.py: a/run: no learner knows 0 1 yet; finish the run with --resume first")
 
 
 def test_what_variants_does_not_know_is_one_line(capsys):
     assert variants.main(["moon"]) == 2
     assert capsys.readouterr().err.startswith("variants.py: give hold_out DATA NEW, members RUN ..., or one of star, ")
+    assert variants.main(["heads", "--continual", "--inherit"]) == 2
+    assert capsys.readouterr().err == "variants.py: heads needs --inherit and --save_nets\n"
 
 
 def test_the_table_of_compute_is_what_its_figure_is_drawn_from():

@@ -22,6 +22,7 @@ from tools.stats import FEWEST, LEVEL, Summary, measure, summarise
 from utils.command import guard
 from utils.config import Parser
 from utils.config_files import ConfigError
+from utils.run_folder import write_file
 
 WIDTH = 7.2  # inches, of a page's text
 SMALL_WIDTH = 5.2  # of the figures that a README shows, also on a telephone: larger letters
@@ -443,12 +444,18 @@ def _has_curves(run):
     return bool(run.settings.get("continual") and run.rounds)
 
 
+def _counts_work(run):
+    """Of frozen backbones no operations are counted: their epochs train heads alone."""
+    frozen = any(one.settings.get("freeze") for one in run.members or [run])
+    return not frozen and run.image_shape is not None and run.cost["rows_trained"] is not None
+
+
 # kind: (title, which runs it can show, how it is drawn)
 KINDS = {
     "methods": ("Every task's accuracy as tasks arrive, method by method", lambda run: True, draw_methods),
     "dots": ("Average accuracy", lambda run: True, draw_dots),
     "compute": ("Average accuracy against operations of training, parameters and rows stored",
-                lambda run: run.image_shape is not None and run.cost["rows_trained"] is not None, draw_compute),
+                _counts_work, draw_compute),
     "seen": ("Accuracy of every task as tasks arrive", _has_curves, draw_seen),
     "matrix": ("Accuracy on every task after every round", lambda run: True, draw_matrix),
     "draws": ("Which tasks each learner trained on, and the weights of the draw",
@@ -548,10 +555,7 @@ def main(argv=None):
         data = (list_points(chosen) if points is None else points).to_csv(index=False).encode()
     else:
         data = save(draw(flags.kind, chosen, points), ending)
-    try:
-        Path(flags.file).write_bytes(data)
-    except OSError as e:
-        raise ConfigError(f"{flags.file}: cannot be written ({e.strerror})") from e
+    write_file(Path(flags.file), data)
     return 0
 
 

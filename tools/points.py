@@ -1,6 +1,7 @@
 """Points of accuracy against compute: of run folders, or of files in which they were kept."""
 import functools
 import math
+import statistics
 
 from tools.runs import join_lengths, printable, require, setting_text
 from tools.stats import measure, summarise
@@ -12,14 +13,22 @@ TEXTS = ["method", "tasks", "model", "samples", "commit", "hardware", "torch"]
 
 
 def list_points(groups):
-    """The points of the figure compute, a frame of NUMBERS and TEXTS: a row a group; those of a method make a line."""
+    """The points of the figure compute, a frame of NUMBERS and TEXTS: a row a group; those of a method make a line.
+
+    Costs are means over the group's runs.
+    """
     rows = []
     for method, line in join_lengths(groups):
         for group in line:
             run, s = group.runs[0], summarise(list(measure([group])[group.label]["average_accuracy"].values()))
             about = {key: "; ".join(dict.fromkeys(run.about[key] for run in group.runs)) for key in run.about}
-            settings = {**(run.members or [run])[0].settings, "samples": setting_text(run, "samples")}
-            rows.append({**settings, **vars(s), **run.cost, **about, "method": method, "operations": count_work(run)})
+            members = run.members or [run]
+            settings = {**members[0].settings, "samples": setting_text(run, "samples"),
+                        "model": "; ".join(dict.fromkeys(member.settings["model"] for member in members))}
+            costs = [run.cost | {"operations": count_work(run)} for run in group.runs]
+            cost = {key: None if None in values else statistics.mean(values)
+                    for key in costs[0] for values in [[cost[key] for cost in costs]]}
+            rows.append({**settings, **vars(s), **cost, **about, "method": method})
     return require("pandas").DataFrame(rows, columns=NUMBERS + TEXTS)
 
 
@@ -56,8 +65,9 @@ def count_work(run):
     Evaluation is not in it, nor what a method does beyond a step on its rows (A-GEM's second gradient, EWC's penalty,
     PNN's passes through earlier columns).
     """
-    first = (run.members or [run])[0]
-    return run.cost["rows_trained"] * _count_flops(first.settings["model"], run.image_shape)
+    if run.members:
+        return sum(map(count_work, run.members))
+    return run.cost["rows_trained"] * _count_flops(run.settings["model"], run.image_shape)
 
 
 @functools.cache

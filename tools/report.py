@@ -16,6 +16,7 @@ from tools.stats import FEWEST, SPREAD, compare, find_outlier, measure
 from utils.command import guard
 from utils.config import Parser
 from utils.log import say, say_folded, terminal_width
+from utils.run_folder import write_file
 
 MANY = 4  # groups from which only the differences to the first are shown: those between all grow with the square
 # Columns of numbers: heading and format, "z.2f" being of accuracies, in per cent. All others are texts and stand first.
@@ -46,7 +47,7 @@ def warnings(groups, found, shown):
         alone = group.runs[0].kind == "Model Zoo" and len(group.runs[0].names) > 1 and not transferred
         origins = {"commit": "commits", "hardware": "machines", "torch": "versions of torch"}
         differ = [origins[key] for key in origins if len({run.about[key] for run in group.runs}) > 1]
-        orders = len({run.order for run in group.runs})
+        orders = len({run.tasks for run in group.runs})
         lines += [f"{group.label}: {line}" for holds, line in (
             (orders > 1, f"n = {n} runs are of {orders} orders of the tasks; means and intervals are over both, orders "
                          "and seeds"),
@@ -216,7 +217,7 @@ def main(argv=None):
     notes = list(map(runs.printable, notes + warnings(groups, found, shown)))
     tables = make_tables(groups, numbers, shown)
     if flags.html:
-        Path(flags.html).write_text(make_page(head, tables, notes, make_figures(groups)), encoding="utf-8")
+        write_file(Path(flags.html), make_page(head, tables, notes, make_figures(groups)).encode())
     if flags.format == "csv":  # all numbers, in one table for programs, accuracies in [0, 1]
         by_order = split_orders(groups)
         if by_order:

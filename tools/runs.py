@@ -119,7 +119,7 @@ def make_frame(groups, rows="run"):
 def _run_rows(run, group, groups):
     row = {**run.metrics(), TRANSFER: None, **{key: run.cost.get(key) for key in COSTS}, **run.about}
     for isolated in find_isolated(group, groups):
-        if isolated.trial == run.trial:
+        if (isolated.trial, isolated.tasks) == (run.trial, run.tasks):
             row[TRANSFER] = metrics.forward_transfer(run.matrix, isolated.matrix[-1])
     ours = (*row, "run", "group", "kind", "seed", "task_order", "all_tasks")
     settings = {**dict(zip(DATA, json.loads(run.tasks)[:-1], strict=False)), **run.settings}
@@ -161,20 +161,18 @@ def task_labels(runs):
 
 
 def find_isolated(group, groups):
-    """The runs of the Isolated group, without --inherit, whose settings else are `group`'s.
+    """The runs of Isolated groups, without --inherit, whose settings else are `group`'s.
 
-    Those that change nothing in Isolated do not count.
+    Those that change nothing in Isolated do not count, nor does the order of the tasks.
     """
 
     def rest(run):
         return run.over, {k: v for k, v in run.settings.items() if k not in ("tasks", "all_tasks", *ZOO_FLAGS)}
 
-    if group.runs[0].kind == "Model Zoo":
-        for other in groups:
-            fresh = other.runs[0].kind == "Isolated" and not other.runs[0].settings["inherit"]
-            if fresh and rest(other.runs[0]) == rest(group.runs[0]):
-                return other.runs
-    return []
+    if group.runs[0].kind != "Model Zoo":
+        return []
+    fresh = [other for other in groups if other.runs[0].kind == "Isolated" and not other.runs[0].settings["inherit"]]
+    return [run for other in fresh if rest(other.runs[0]) == rest(group.runs[0]) for run in other.runs]
 
 
 def describe_groups(groups):

@@ -30,7 +30,7 @@ from utils.command import guard  # noqa: E402
 from utils.config import Parser, read_settings  # noqa: E402
 from utils.config_files import ConfigError, check, load_yaml  # noqa: E402
 from utils.log import print_table, say  # noqa: E402
-from utils.run_folder import FREE, RunError, write_file  # noqa: E402
+from utils.run_folder import FREE, LATER, RunError, write_file  # noqa: E402
 
 METHODS = {
     "modelzoo": ("modelzoo",),
@@ -137,6 +137,8 @@ def read_grid(argv):
         method, *fixed = METHODS[word]
         files = ["--data_config", data_config, "--hp_config", hp_config, "--seed", str(seed)]
         settings = read_settings(f"{method}.py", method, [*fixed, *own, *common, *files])
+        if settings.dry_run:
+            raise ConfigError(f"--dry_run: is of a single run: python {method}.py {data_config} ... --dry_run")
         runs.append(replace(settings, resume=True))
     folders = [folder_of(settings) for settings in runs]
     twice = next((folder for folder in folders if folders.count(folder) > 1), None)
@@ -164,7 +166,7 @@ def read_finished(settings):
         theirs = result["config"]
         for number in (result["average_accuracy"], result["seconds"]):  # the two that the table shows
             check("result", number, float)
-        theirs = dict(theirs)
+        theirs = LATER | theirs
     except (ConfigError, ValueError, KeyError, TypeError) as e:
         raise ConfigError(f"{path}: not a whole result; remove its folder to have the run made again") from e
     # device and precision stand there as what auto came to where the run was made.

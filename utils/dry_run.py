@@ -6,6 +6,7 @@ import torch
 
 from net.build_net import build_net, set_dropout_generator
 from utils.config_files import ConfigError
+from utils.learner import WARM, learner_path
 from utils.log import say_folded
 from utils.pretrained import freeze_backbone
 from utils.run import count_parameters, describe, find_run
@@ -13,16 +14,21 @@ from utils.run_folder import RunError
 from utils.run_net import derive_seed, make_generator, predict_logits, train_net
 
 
-def estimate(settings, device, precision, train, test, plan):
-    """Print what the run would train, its time and memory, and whether its folder is free; arguments as of `open_run`.
+def estimate(settings, device, precision, train, test, plan, copied=0):
+    """Print what the run would train, its time and memory, and whether its folder is free.
 
     The times are of the first tasks' rows, on a machine that does what it does now.
+
+    Args:
+        settings, device, precision, train, test, plan: see `open_run`.
+        copied: learners of the run that this one extends.
     """
     try:
-        _, _, found = find_run(settings, device, precision, train, test)
+        folder, _, found = find_run(settings, device, precision, train, test)
         end = f"{found} of {settings.num_rounds} rounds found" if settings.resume else "the run folder is free"
+        there = max(found, copied) + (settings.warm_start and learner_path(folder, WARM).exists())
     except (ConfigError, RunError) as e:
-        found, end = 0, f"the run itself would be refused: {e}"
+        there, end = copied, f"the run itself would be refused: {e}"
     for line in describe(settings, device, precision, train, plan):
         say_folded(line)
     if settings.freeze:
@@ -38,16 +44,17 @@ def estimate(settings, device, precision, train, test, plan):
     rows_per_task = (len(train.labels) + len(test.labels)) / len(train.classes)
     seconds = [epochs * (rows // batch * step.get(batch, 0) + (step[rows % batch] if rows % batch else 0))
                + n * rows_per_task * per_row for n, rows in plan]  # fmt: skip
-    left = sum(seconds[found:])
-    steps = epochs * sum(-(-rows // batch) for _, rows in plan)
+    left = plan[there:]
+    steps = epochs * sum(-(-rows // batch) for _, rows in left)
+    in_all = clock(sum(seconds[there:])) + " in all" + " that is left" * bool(there)
     logits = sum(n for n, _ in plan) * rows_per_task * statistics.mean(train.classes) * 4
     nets = count_parameters(settings.model, train.images.shape[1:], train.classes[:most], settings.dropout) * 4
     files = logits + nets * (len(plan) if settings.save_nets else settings.inherit)
     images = sum(data.images.numel() for data in (train, test))
     timed = f"{1000 * step[max(step)]:.1f} ms per batch of {max(step)}"
-    say_folded(f"dry run, no run folder written: {epochs * sum(rows for _, rows in plan):,} rows in {steps:,} steps, "
+    say_folded(f"dry run, no run folder written: {epochs * sum(rows for _, rows in left):,} rows in {steps:,} steps, "
         f"about {clock(statistics.mean(seconds))} per round ({clock(min(seconds))} to {clock(max(seconds))}), "
-        f"{clock(left)} in all{' that is left' * bool(found)} ({timed}); images {images / 1e6:.1f} MB, learners' files "
+        f"{in_all} ({timed}); images {images / 1e6:.1f} MB, learners' files "
         f"{files / 1e6:.1f} MB")  # fmt: skip
     say_folded(end)
 

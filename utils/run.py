@@ -149,7 +149,7 @@ def find_run(settings, device, precision, train, test):
 def describe(settings, device, precision, train, plan):
     """A run in two lines: what it trains, and on what. Arguments as of `open_run`."""
     kind = {"modelzoo": "Model Zoo, " + ("continual" if settings.continual else "multi-task: all tasks are known")
-                        + ", each learner from the one before" * settings.inherit
+                        + ", each learner from the one before" * (settings.inherit and not settings.freeze)
                         + ", weighed by round" * settings.weigh_by_round,
             "multihead": "Multi-Head, joint training on all tasks"}.get(settings.method, settings.method)  # fmt: skip
     most, epochs = max(n for n, _ in plan), settings.epochs
@@ -213,10 +213,12 @@ def open_run(settings, device, precision, train, test, plan):
 def hash_tasks(settings, train, test):
     """What rows.pt holds: of each task the hashes of its test rows and of the training rows that make its loss.
 
-    Those are all of its training rows, or, where it has gained some since the run that this one extends, the old ones.
+    Those are all of its training rows, or, where it has gained some since the run that this one extends, the old ones;
+    all stand under "all".
     """
     tasks = range(len(settings.tasks))
     mine = {key: [hash_rows(data, t) for t in tasks] for key, data in (("train", train), ("test", test))}
+    mine["all"] = list(mine["train"])
     if settings.extend:
         theirs = load_rows(settings.extend)
         mine["train"][: len(theirs["train"])] = theirs["train"]
@@ -230,7 +232,8 @@ def load_rows(folder):
     except FileNotFoundError:
         return {"train": [], "test": []}
     except ValueError as e:
-        raise ConfigError(f"{Path(folder) / 'rows.pt'}: damaged") from e
+        raise ConfigError(f"{Path(folder) / 'rows.pt'}: damaged; remove it, and the run's own command with --resume "
+                          "(and --extend where it began with that) writes it again") from e  # fmt: skip
 
 
 def find_looked_at(folder, train, num_tasks):
@@ -291,12 +294,13 @@ def _check_gained(settings, folder, train, test, n):
     """
     what = f"--extend: the data of the first {n} tasks are not those that {folder} was run on"
     hashes = load_rows(folder)
-    if not hashes["train"]:
+    rows = hashes.get("all", hashes["train"])  # which runs did not tell apart at first
+    if not rows:
         raise ConfigError(f"{what} (it did not record its rows one by one, so that more of them cannot be told)")
     for t in range(n):
         if not hash_rows(test, t).equal(hashes["test"][t]):
             raise ConfigError(f"{what}: the test rows of task {t} (counted from 0) have changed")
-        if find_rows(train, t, hashes["train"][t]) is None:
+        if find_rows(train, t, rows[t]) is None:
             why = "; with --samples others are chosen of more" * (settings.samples is not None)
             raise ConfigError(f"{what}: training rows of task {t} (counted from 0) are gone{why}")
     if settings.replay_frac < 1:
