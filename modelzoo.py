@@ -136,7 +136,7 @@ class Zoo:
             [N, C_t] float64 on the CPU; column c is of the c-th label that the config lists for the task.
 
         Raises:
-            ConfigError: the run kept no networks, no such task, or several of that name.
+            ConfigError: the run did not keep every network, no such task, or several of that name.
             DataError: images of another type or shape.
         """
         t = self.names.index(task) if task in self.names else task
@@ -145,7 +145,7 @@ class Zoo:
         if self.names.count(task) > 1:
             raise ConfigError(f"task: {task!r} names {self.names.count(task)} tasks; give the index of one")
         if None in self.nets:
-            raise ConfigError("the run kept no networks, which --save_nets does; only what it stored can be read")
+            raise ConfigError("the run did not keep every network, as --save_nets does; what it stored can be read")
         device = self.test_labels[t].device
         images = make_images(images, self.learners[0].net["image_shape"]).to(device)
         rows, mean, weight = torch.arange(len(images), device=device), None, 0.0

@@ -175,9 +175,9 @@ def refuse(workspace, capsys, message, *more):
 
 @pytest.mark.parametrize("old, new, message", [
     (("--continual",), CONTINUAL, "old kept no network to inherit from; run that again with --inherit, or extend it"),
-    (("--continual", "--save_nets"), CONTINUAL, "--extend: inherit is True not as in"),
-    (CONTINUAL, ("--continual",), "--extend: inherit is False not as in"),
-    (CONTINUAL, (*CONTINUAL, "--save_nets"), "kept no networks, so the run that extends it cannot keep all"),
+    (("--continual", "--save_nets"), CONTINUAL, "--extend: inherit is True, not as in"),
+    (CONTINUAL, ("--continual",), "--extend: inherit is False, not as in"),
+    (CONTINUAL, (*CONTINUAL, "--save_nets"), "did not keep every network, so this run cannot either"),
 ])  # fmt: skip
 def test_what_does_not_go_on_from_another_run_is_one_line(workspace, capsys, old, new, message):
     start(workspace, "old", *old, *shorten(workspace))
@@ -266,6 +266,12 @@ def test_report_tells_the_groups_apart_and_reads_runs_that_did_not_record_it(tmp
     found = {group.label: [run.seed for run in group.runs] for group in groups}
     assert found == {"Model Zoo": [0, 1, 2], "Model Zoo, inherit": [0, 1], "Isolated": [0], "Isolated, inherit": [0]}
     assert json.loads((new / "result.json").read_text())["config"]["inherit"] is False and alone
+    # Found by a newcomer: alone in a report, or averaged with a fresh one, it went by the name of the paper's method.
+    (label,) = (group.label for group in read_groups([tmp_path / "inherit0"])[0])
+    assert label == "Model Zoo, inherit"
+    (label,) = (group.label for group in read_groups(make_seeds(tmp_path, "both", [0.9], inherit=True, epochs=7,
+                                                                weigh_by_round=True))[0])  # fmt: skip
+    assert label == "Model Zoo, inherit, weigh_by_round"
     # Forward transfer is against tasks learned alone, from a fresh start: 0.8 - 0.4 on the second task.
     frame = load_frame(folders)
     row = frame[(frame.group == "Model Zoo, inherit") & (frame.seed == 0)].iloc[0]

@@ -151,7 +151,7 @@ def test_a_run_on_frozen_named_weights(workspace):
     ({"weights": "none.pt"}, "none.pt: cannot be read (No such file or directory)"),
     ({"weights": "../none.pt"}, "leads out of"),
     ({"weights": "toy.pt"}, "toy.pt: not a file of weights alone"),
-    ({"weights": "logits.pt"}, "logits.pt: holds no state dict; its run kept no networks, which --save_nets does"),
+    ({"weights": "logits.pt"}, "logits.pt: holds no state dict; its network was not kept, which --save_nets does"),
     ({"model": "conv_81", "weights": "mine.pt"}, "mine.pt: weights of another network: layers.0.weight is [80"),
     ({"model": "wrn10_1", "weights": "mine.pt"}, "layers.0.weight is [80, 1, 3, 3] there, and [16, 1, 3, 3] in"),
 ])  # fmt: skip

@@ -234,11 +234,11 @@ def brighten(workspace):
 
 
 @pytest.mark.parametrize(("change", "more", "message"), [
-    (None, ["--seed", "1"], "seed is 1 not as in .*old, which was run with 0"),
-    (None, ["--save_nets"], "--save_nets: .*old kept no networks"),
+    (None, ["--seed", "1"], "seed is 1, not as in .*old, which was run with seed 0"),
+    (None, ["--save_nets"], "--save_nets: .*old did not keep every network"),
     (None, ["--tasks_per_round", "1"], "tasks_per_round is 1"),
     (None, ["--num_rounds", "1"], "holds 2 learners"),
-    (lambda w: write_yaml(w / "hp.yaml", CONV | {"lr": 0.02}), [], "lr is 0.02 not as in"),
+    (lambda w: write_yaml(w / "hp.yaml", CONV | {"lr": 0.02}), [], "lr is 0.02, not as in"),
     (lambda w: write_yaml(w / "data.yaml", {"dataset": "npz", "path": "toy.npz", "tasks": [[2, 3], [0, 1], [4, 5]]}),
      [], "the first 2 tasks are not as in"),
     (brighten, [], "the data of the first 2 tasks"),

@@ -156,7 +156,7 @@ def test_twenty_killed_runs_whose_learners_inherit_resume_to_the_same_result(dig
     ("multihead", ()),
     ("modelzoo", ("--continual", "--num_rounds", "2")),
 ])  # fmt: skip
-def test_learner_goes_on_from_its_checkpoint(workspace, monkeypatch, method, more):
+def test_learner_goes_on_from_its_checkpoint(workspace, monkeypatch, capsys, method, more):
     """Dropout, augmentation, momentum, order and the learning rate all go on where they stood."""
     write_yaml(workspace / "hp.yaml", {**CONV, "model": "wrn10_1", "dropout": 0.3, "augment": True, "epochs": 4,
                                        "schedule": "cosine"})  # fmt: skip
@@ -189,6 +189,8 @@ def test_learner_goes_on_from_its_checkpoint(workspace, monkeypatch, method, mor
         m.setattr(RunLog, "log_epoch", note)
         assert numbers(start(workspace, "b", "--resume", *more, method=method)) == numbers(whole)
     assert epochs == [(last, 2), (last, 3)] and not checkpoint.exists()
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"; {last} of {last + 1} rounds found, and a checkpoint of the next" in out
     lines = [json.loads(line) for line in (workspace / "runs/b/log.jsonl").read_text().splitlines()]
     expected = [(k, epoch) for k in range(last + 1) for epoch in (0, 1, 2, 3, None)]
     assert [(x["round"], x.get("epoch")) for x in lines] == expected

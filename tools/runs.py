@@ -23,6 +23,7 @@ SHAPES = {"cifar100": (3, 32, 32), "cifar10": (3, 32, 32), "mini_imagenet": (3, 
     ("mnist", "rotated_mnist", "permuted_mnist", "digits", "rotated_digits"), (1, 28, 28))  # fmt: skip
 # They mean nothing for other kinds.
 ZOO_FLAGS = ("num_rounds", "tasks_per_round", "replay_frac", "naive", "warm_start", "inherit", "weigh_by_round")
+OWN = ("inherit", "weigh_by_round")  # what the paper does not have, which a label always says
 PEER_KINDS = {f"avalanche-{method}": f"Avalanche {name}" for method, name in peers.METHODS.items()}
 METRICS = ("average_accuracy", "learning_accuracy", "forgetting", "backward_transfer")
 TRANSFER = "forward_transfer"  # the metric that takes the Isolated group as well
@@ -353,7 +354,7 @@ def make_ensemble(paths):
         alike = len({(run.data, *_data_key(run)) for run in runs}) == 1 and runs[0].data
         whole = all(run.settings["replay_frac"] == 1 for run in runs)
         cost["stored_rows"] = max(costs["stored_rows"]) if alike and whole else None
-    kind = first.kind if all(run.kind == first.kind for run in runs) else "runs"
+    kind = first.kind if len(set(map(_name, runs))) == 1 else "runs"
     about = {key: "; ".join(dict.fromkeys(run.about[key] for run in runs)) for key in first.about}
     settings = {k: v for k, v in first.settings.items() if all(run.settings.get(k) == v for run in runs)}
     members = tuple(sorted(runs, key=_member))
@@ -448,14 +449,20 @@ def join_lengths(groups):
             for label, line in zip(labels, lines.values(), strict=True)]  # fmt: skip
 
 
+def _name(run):
+    """The kind of `run`, and what it does that the paper does not: "Model Zoo, inherit"."""
+    return ", ".join([run.kind, *(key for key in OWN if setting_text(run, key) == key)])
+
+
 def _label(run, others):
-    """The kind of `run`, and of its settings one after the other while a run in `others` has the same."""
-    words, alike = [run.kind], [other for other in others if other.kind == run.kind]
+    """The name of `run`, and of its settings one after the other while a run in `others` has the same."""
+    words, alike = [_name(run)], [other for other in others if other.kind == run.kind]
     for key in [key for key in run.settings if key != "all_tasks"]:
         text = setting_text(run, key)
         left = [other for other in alike if setting_text(other, key) == text]
         # A flag of the zoo that is off goes without saying.
-        if len(left) < len(alike) and text and not (key in ZOO_FLAGS and run.settings[key] is False):
+        off = key in ZOO_FLAGS and run.settings[key] is False
+        if len(left) < len(alike) and text and not off and key not in OWN:
             words.append(text)
         alike = left
     return ", ".join(words)

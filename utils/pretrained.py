@@ -73,7 +73,7 @@ def _read_state(path):
             found = found[key]
     if not isinstance(found, dict) or not all(isinstance(x, torch.Tensor) for x in found.values()):
         learner = isinstance(found, dict) and "tasks" in found
-        why = "; its run kept no networks, which --save_nets does" * learner
+        why = "; its network was not kept, which --save_nets does" * learner
         raise ConfigError(f"{path}: holds no state dict{why}")
     return found
 

@@ -205,7 +205,8 @@ def open_run(settings, device, precision, train, test, plan):
         copied = copy_learners(settings.extend, folder) if settings.extend else 0
         with RunLog(folder, settings.num_rounds, work, settings.tensorboard, names, settings.continual) as log:
             say_folded(first)
-            say_folded(second + f"; {found} of {settings.num_rounds} rounds found" * settings.resume
+            begun = ", and a checkpoint of the next" * any((folder / "learners").glob("*.checkpoint"))
+            say_folded(second + f"; {found} of {settings.num_rounds} rounds found{begun}" * settings.resume
                        + f"; {copied} rounds come from {settings.extend}" * bool(settings.extend))  # fmt: skip
             yield folder, log
 
@@ -274,11 +275,11 @@ def check_extension(settings, device, precision, train, test):
     now = mine | {"tasks": mine["tasks"][:n], "tasks_per_round": min(mine["tasks_per_round"], n)}
     for key in now:
         if key not in apart and now[key] != theirs.get(key):
-            what = f"the first {n} tasks are" if key == "tasks" else f"{key} is {now[key]!r:.40}"
-            was = "other tasks" if key == "tasks" else f"{theirs.get(key)!r:.40}"
+            what = f"the first {n} tasks are" if key == "tasks" else f"{key} is {now[key]!r:.40},"
+            was = "other tasks" if key == "tasks" else f"{key} {theirs.get(key)!r:.40}"
             raise ConfigError(f"--extend: {what} not as in {folder}, which was run with {was}")
     if settings.save_nets and None in nets:
-        raise ConfigError(f"--save_nets: {folder} kept no networks, so the run that extends it cannot keep all")
+        raise ConfigError(f"--save_nets: {folder} did not keep every network, so this run cannot either")
     if checksum(train.first(n), test.first(n)) != theirs.get("data"):
         _check_gained(settings, folder, train, test, n)
     if len(learners) > settings.num_rounds:
