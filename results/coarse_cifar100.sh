@@ -66,10 +66,11 @@ for part in ${PARTS:-small draw conv5 conv20 why multitask}; do
       for seed in $SEEDS; do
         zoo=("${coarse[@]}" --hp_config "$OUT/$change.yaml" --continual --num_rounds 15 --seed "$seed")
         run modelzoo.py "$change-zoo-$seed" "${zoo[@]}"
+        run modelzoo.py "$change-inherit-$seed" "${zoo[@]}" --inherit
         run modelzoo.py "$change-isolated-$seed" "${zoo[@]}" --tasks_per_round 1
       done
     done
-    all=($(runs cosine-zoo cosine-isolated augmented-zoo augmented-isolated))
+    all=($(runs cosine-zoo cosine-inherit cosine-isolated augmented-zoo augmented-inherit augmented-isolated))
     ;;
   multitask)
     for seed in $SEEDS; do
