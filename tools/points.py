@@ -26,10 +26,14 @@ def list_points(groups):
             settings = {**members[0].settings, "samples": setting_text(run, "samples"),
                         "model": "; ".join(dict.fromkeys(member.settings["model"] for member in members))}
             costs = [run.cost | {"operations": count_work(run)} for run in group.runs]
-            cost = {key: None if None in values else statistics.mean(values)
-                    for key in costs[0] for values in [[cost[key] for cost in costs]]}
+            cost = {key: mean_or_none([cost[key] for cost in costs]) for key in costs[0]}
             rows.append({**settings, **vars(s), **cost, **about, "method": method})
     return require("pandas").DataFrame(rows, columns=NUMBERS + TEXTS)
+
+
+def mean_or_none(values):
+    """The mean of numbers; None where one of them is unknown."""
+    return None if None in values else statistics.mean(values)
 
 
 def read_points(paths):
