@@ -87,12 +87,10 @@ class Zoo:
                 self.loss[t] = negative_log_likelihood(self.means["train_logits"][t], self.train_labels[t])
             self.accuracy[t] = accuracy(self.means["test_logits"][t], self.test_labels[t])
 
-    def predict_log_probs(self, t, logits="test_logits"):
-        """The zoo's log class probabilities for task t, [N, C_t] float64, on its train_logits or test_logits rows."""
-        if self.weights[t]:
-            return self.means[logits][t]
-        labels = self.train_labels[t] if logits == "train_logits" else self.test_labels[t]
-        return self._uniform(t, len(labels), labels.device)
+    def predict_log_probs(self, t):
+        """The zoo's log class probabilities for task t, [N, C_t] float64, on its test rows."""
+        labels = self.test_labels[t]
+        return self.means["test_logits"][t] if self.weights[t] else self._uniform(t, len(labels), labels.device)
 
     def _join(self, mean, weight, logits, share):
         """The mean of one more learner, whose weight is `share`, and the sum of the weights in it."""

@@ -22,7 +22,7 @@ def load_splits(dataset, tasks, data_dir, path=None, size=None, keywords=None):
     """Load the rows that a dataset's tasks are cut from; no seed and no `samples` has a part in it.
 
     Args:
-        dataset: a name of the README's table of datasets.
+        dataset: a name of the table in docs/data.md.
         tasks: source labels of each task.
         data_dir: where the data lie or are downloaded to.
         path: of npz and image_folder, below data_dir.

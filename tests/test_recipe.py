@@ -19,6 +19,7 @@ from utils.config import read_settings
 from utils.config_files import OPTIONAL, SCHEDULES, ConfigError
 from utils.run_folder import load_tensors
 from utils.run_net import make_generator
+from utils.search import read_search
 
 EVERYTHING = {"optimiser": "sgd", "momentum": 0.8, "warmup": 1, "clip_norm": 1.0, "label_smoothing": 0.1,
               "class_weights": "balanced", "lr_min": 1e-4, "best_epoch": True, "schedule": "cosine", "augment": True,
@@ -74,6 +75,13 @@ def test_avalanches_methods_take_what_they_run_with_and_refuse_the_rest(workspac
         write_yaml(workspace / "hp.yaml", CONV | {key: value})
         with pytest.raises(ConfigError, match=f"{key}: Avalanche's methods run without it; leave it out"):
             read_peers(words)
+
+
+def test_what_holds_no_rows_out_takes_no_best_epoch(workspace):
+    write_yaml(workspace / "hp.yaml", CONV | {"best_epoch": True})
+    for read in (lambda: read_search("hpo.py", flags(workspace)), lambda: read_peers(["naive", *flags(workspace)])):
+        with pytest.raises(ConfigError, match="best_epoch: is of modelzoo.py and multihead.py alone; leave it out"):
+            read()
 
 
 def test_flags_go_over_the_file_and_stand_in_the_name(workspace):

@@ -208,6 +208,8 @@ def make_settings(method, flags, kind=Settings):
                               f"dataset {data['dataset']}: give a share, such as 0.1")  # fmt: skip
     elif flags.get("val_frac") is not None:
         check("--val_frac", flags["val_frac"], float, above=0, below=1)
+    elif hyper["best_epoch"] and "val_frac" not in flags:
+        raise ConfigError(f"{flags['hp_config']}: best_epoch: is of modelzoo.py and multihead.py alone; leave it out")
     elif hyper["best_epoch"]:
         raise ConfigError(f"{flags['hp_config']}: best_epoch: needs --val_frac, for rows to look at")
     if flags["name"] is None:

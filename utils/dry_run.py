@@ -11,7 +11,7 @@ from utils.log import say_folded
 from utils.pretrained import freeze_backbone
 from utils.run import count_parameters, describe, find_run
 from utils.run_folder import RunError
-from utils.run_net import derive_seed, make_generator, predict_logits, train_net
+from utils.run_net import NORM_BATCHES, derive_seed, make_generator, predict_logits, train_net
 
 
 def estimate(settings, device, precision, train, test, plan, copied=0):
@@ -42,8 +42,9 @@ def estimate(settings, device, precision, train, test, plan, copied=0):
     per_row = time_prediction(net, precision, train)
 
     rows_per_task = (len(train.labels) + len(test.labels)) / len(train.classes)
+    # After training come batch norm's statistics, which cost what predicting as many rows does, and the predictions.
     seconds = [epochs * (rows // batch * step.get(batch, 0) + (step[rows % batch] if rows % batch else 0))
-               + n * rows_per_task * per_row for n, rows in plan]  # fmt: skip
+               + (min(rows, NORM_BATCHES * batch) + n * rows_per_task) * per_row for n, rows in plan]  # fmt: skip
     left = plan[there:]
     steps = epochs * sum(-(-rows // batch) for _, rows in left)
     in_all = clock(sum(seconds[there:])) + " in all" + " that is left" * bool(there)
@@ -68,7 +69,8 @@ def time_step(net, settings, precision, train, most, size):
     generators = {key: make_generator(0, 0, key, device) for key in ("shuffle", "augment", "dropout")}
     set_dropout_generator(net, generators["dropout"])
     warm = 4 if device.type == "cuda" else 1  # a GPU captures its fourth step
-    epochs = train_net(net, train.images, rows, heads, train.labels[rows], epochs=warm + 1, batch=size, lr=settings.lr,
+    # After the last epoch, which is never asked for, batch norm's statistics would be set anew.
+    epochs = train_net(net, train.images, rows, heads, train.labels[rows], epochs=warm + 2, batch=size, lr=settings.lr,
                        l2_reg=settings.l2_reg, schedule=settings.schedule, augment=settings.augment, flip=train.flip,
                        precision=precision, generators=generators)  # fmt: skip
     for _ in range(warm):

@@ -2,7 +2,7 @@
 
 R[k][t] is the test accuracy on task t after round k, None where t is not yet seen. In continual mode row k holds tasks
 0 .. k and the rows are as many as the tasks seen by the end (T). Every metric is an unweighted mean over tasks and None
-where it is undefined. The README's table of result keys names the sources.
+where it is undefined. docs/run_folder.md names the sources.
 """
 from torch.nn import functional as F
 
