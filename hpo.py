@@ -173,7 +173,7 @@ def write_best(path, settings, chosen, lines):
     found = {key: value for key, value in load_yaml(settings.hp_config).items() if key != "search"}
     text = dump_yaml({**found, "epochs": settings.epochs, **chosen})
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, ("".join(f"# {line}\n" for line in lines) + text).encode())
+    write_file(path, ("".join(f"# {' '.join(line.split())}\n" for line in lines) + text).encode())
 
 
 def print_trials(rows, settings, search):

@@ -229,7 +229,8 @@ def _image_files(folder, passed_over):
     readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     found = []
     for file in _files(folder):
-        if os.path.splitext(file)[1].lower() in readable | {".heic", ".heif"} or is_image(file):
+        pipe = os.path.exists(file) and not os.path.isfile(file)  # or a device: whoever opens it may wait for ever
+        if not pipe and (os.path.splitext(file)[1].lower() in readable | {".heic", ".heif"} or is_image(file)):
             found.append(file)
         else:
             passed_over.append(file)
@@ -239,9 +240,22 @@ def _image_files(folder, passed_over):
 
 
 def _files(folder):
-    """All files below a folder, in the order of their visible paths; hidden files and folders are passed over."""
-    found = []
-    for root, folders, files in os.walk(folder, followlinks=True):
+    """All files below a folder, in the order of their visible paths; hidden files and folders are passed over.
+
+    Raises:
+        DataError: a folder that cannot be read, or that a link leads to a second time.
+    """
+
+    def refuse(e):
+        raise DataError(f"{e.filename}: cannot be read ({e.strerror})") from e
+
+    found, places = [], {}
+    for root, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        place = os.path.realpath(root)
+        if place in places:
+            raise DataError(f"{root}: the same folder as {places[place]}, whose images would count twice; "
+                            "take the link out")  # fmt: skip
+        places[place] = root
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [os.path.join(root, name) for name in files if not name.startswith(".")]
     return sorted(found, key=lambda file: (visible(file.removeprefix(f"{folder}{os.sep}")), file))

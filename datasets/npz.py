@@ -77,6 +77,8 @@ def _open_array(path, key):
     Raises:
         DataError: no such file or array; or one that is damaged, inside too.
     """
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe, for whose writer opening it would wait
+        raise DataError(f"{path}: is no file; an npz file holds {', '.join(NPZ_KEYS)}")
     try:
         with zipfile.ZipFile(path) as file:
             if f"{key}.npy" not in file.namelist():
@@ -235,6 +237,7 @@ def leave_cache(cache, arrays):
         os.replace(part, cache)
         return True
     except OSError:  # a shared folder that is read-only: the files that were read stay what is read
-        with contextlib.suppress(OSError):
-            part.unlink()
         return False
+    finally:
+        with contextlib.suppress(OSError):  # it has its name by now, or never will
+            part.unlink()

@@ -23,7 +23,14 @@ ensembles() {
   done
 }
 
-for part in ${PARTS:-small draw conv5 conv20 why multitask}; do
+parts=(${PARTS:-small draw conv5 conv20 why multitask})
+for part in "${parts[@]}"; do
+  if [[ ! $part =~ ^(small|draw|conv5|conv20|why|multitask)$ ]]; then
+    echo "coarse_cifar100.sh: PARTS: $part is not one of small, draw, conv5, conv20, why, multitask" >&2
+    exit 2
+  fi
+done
+for part in "${parts[@]}"; do
   case $part in
   small)
     for seed in $SEEDS; do
@@ -34,8 +41,9 @@ for part in ${PARTS:-small draw conv5 conv20 why multitask}; do
     for seed in "${isolated[@]}"; do
       run modelzoo.py "isolated-$seed" "${small[@]}" --continual --num_rounds 15 --tasks_per_round 1 --seed "$seed"
     done
-    all=($(runs zoo inherit) $(singles isolated) $(runs joint15) $(ensembles isolated))
-    "$PYTHON" tools/plot.py seen $(runs zoo inherit isolated) --file "$figures/seen.png"
+    mapfile -t all < <(runs zoo inherit isolated)
+    "$PYTHON" tools/plot.py seen "${all[@]}" --file "$figures/seen.png"
+    mapfile -t all < <(runs zoo inherit; singles isolated; runs joint15; ensembles isolated)
     "$PYTHON" tools/plot.py dots "${all[@]}" --file "$figures/bars.png"
     ;;
   draw)  # the draw, the tasks a round, limited replay
@@ -46,7 +54,7 @@ for part in ${PARTS:-small draw conv5 conv20 why multitask}; do
       for n in 2 10; do run modelzoo.py "tasks$n-$seed" "${zoo[@]}" --tasks_per_round "$n"; done
       for r in 0.05 0.1 0.5; do run modelzoo.py "replay$r-$seed" "${zoo[@]}" --replay_frac "$r"; done
     done
-    all=($(runs zoo naive tasks2 tasks10 replay0.05 replay0.1 replay0.5))
+    mapfile -t all < <(runs zoo naive tasks2 tasks10 replay0.05 replay0.1 replay0.5)
     ;;
   conv5 | conv20)
     conv=("${coarse[@]}" --hp_config config/hyperparam/conv.yaml --epochs "${part#conv}")
@@ -57,7 +65,7 @@ for part in ${PARTS:-small draw conv5 conv20 why multitask}; do
     for seed in "${isolated[@]}"; do
       run modelzoo.py "$part-isolated-$seed" "${conv[@]}" --continual --tasks_per_round 1 --seed "$seed"
     done
-    all=($(runs "$part-zoo") $(singles "$part-isolated") $(runs "$part-joint") $(ensembles "$part-isolated"))
+    mapfile -t all < <(runs "$part-zoo"; singles "$part-isolated"; runs "$part-joint"; ensembles "$part-isolated")
     ;;
   why)  # why the gap shrinks: annealing, augmentation
     sed 's/^schedule: constant/schedule: cosine/' config/hyperparam/small.yaml > "$OUT/cosine.yaml"
@@ -70,7 +78,7 @@ for part in ${PARTS:-small draw conv5 conv20 why multitask}; do
         run modelzoo.py "$change-isolated-$seed" "${zoo[@]}" --tasks_per_round 1
       done
     done
-    all=($(runs cosine-zoo cosine-inherit cosine-isolated augmented-zoo augmented-inherit augmented-isolated))
+    mapfile -t all < <(runs cosine-zoo cosine-inherit cosine-isolated augmented-zoo augmented-inherit augmented-isolated)
     ;;
   multitask)
     for seed in $SEEDS; do
@@ -80,11 +88,7 @@ for part in ${PARTS:-small draw conv5 conv20 why multitask}; do
         run modelzoo.py "mt-joint$n-$seed" "${small[@]}" --samples 100 --seed "$seed" --num_rounds "$n" --tasks_per_round 20
       done
     done
-    all=($(runs mt-zoo mt-joint mt-joint5 mt-joint10))
-    ;;
-  *)
-    echo "coarse_cifar100.sh: PARTS: $part is not one of small, draw, conv5, conv20, why, multitask" >&2
-    exit 2
+    mapfile -t all < <(runs mt-zoo mt-joint mt-joint5 mt-joint10)
     ;;
   esac
   "$PYTHON" tools/report.py "${all[@]}" --format markdown

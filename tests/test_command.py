@@ -1,10 +1,13 @@
 """The commands as a shell starts them: exit status, one line for what goes wrong, output that nobody reads."""
 import os
+import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 from tests.conftest import flags, write_yaml
+from utils.command import guard
 
 ROOT = Path(__file__).parent.parent
 
@@ -49,6 +52,23 @@ def test_output_that_nobody_reads_does_not_end_the_run(workspace):
     assert process.wait(120) == 0 and process.stderr.read() == b""
     process.stderr.close()
     assert (workspace / "runs/a/result.json").exists()
+
+
+def test_closed_output_does_not_end_the_run(workspace):
+    """Found by review: a traceback, and a run folder that was in the way of the next try."""
+    script = shlex.join([sys.executable, "modelzoo.py", *flags(workspace, "--continual", "--name", "a")])
+    done = subprocess.run(["sh", "-c", f"{script} >&-"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and (workspace / "runs/a/result.json").exists()
+
+
+def test_an_ignored_signal_stays_ignored(monkeypatch):
+    """A shell has background jobs ignore Ctrl-C, which is meant for the one in front."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert guard("x", lambda: os.kill(os.getpid(), signal.SIGINT)) == 0
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_output_that_cannot_be_written_is_one_line(workspace):

@@ -1,5 +1,6 @@
 """Tasks, transformations, loaders, and what they refuse."""
 import math
+import os
 import pickle
 from pathlib import Path
 
@@ -336,9 +337,10 @@ def test_images_of_more_than_16_bits_are_refused(folder):
         build_dataset("image_folder", [(0, 1)], folder, generator(), path="pets", size=24)
 
 
-@pytest.mark.parametrize("path", ["a\0b", "x" * 5000, "loop"])
+@pytest.mark.parametrize("path", ["a\0b", "x" * 5000, "loop", "pipe"])
 def test_paths_that_no_file_has_are_refused(folder, path):
     (folder / "loop").symlink_to(folder / "loop")
+    os.mkfifo(folder / "pipe")
     for dataset in ("npz", "image_folder"):
         with pytest.raises(DataError):
             build_dataset(dataset, [(0, 1)], folder, generator(), path=path, size=24)

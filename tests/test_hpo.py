@@ -378,7 +378,7 @@ def test_a_killed_search_goes_on(files):
 
 def test_the_best_settings_are_for_the_epochs_of_the_search(files):
     settings, _ = read_search("hpo.py", [*files, "--epochs", "3"])
-    hpo.write_best(Path("best.yaml"), settings, {"lr": 0.5, "batch": 4}, ["Found by: a test"])
+    hpo.write_best(Path("best.yaml"), settings, {"lr": 0.5, "batch": 4}, ["Found by: a\ntest"])
     assert load_yaml("best.yaml") == {"model": "conv", "batch": 4, "lr": 0.5, "l2_reg": 1e-5, "dropout": 0, "epochs": 3,
                                       "augment": False}  # fmt: skip
     assert Path("best.yaml").read_text().startswith("# Found by: a test\n")

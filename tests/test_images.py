@@ -1,6 +1,8 @@
 """Image files as phones, screenshots, scanners and design tools write them; class folders as people name them."""
+import errno
 import io
 import json
+import os
 import unicodedata
 from pathlib import Path
 
@@ -195,6 +197,50 @@ def test_files_that_are_no_images_are_passed_over_and_counted(folder, capsys):
         with pytest.raises(DataError, match=f"{name}: not a readable image"):
             build(folder, [("left", "right")])
         broken.unlink()
+
+
+@pytest.mark.parametrize("link, to, named", [("all", ".", "left"), ("all", "..", "left"), ("more", "sub", "sub|more")])
+def test_a_folder_that_a_link_leads_to_again_is_refused(folder, link, to, named):
+    """Found by review: its images counted up to 41 times, and with two such links the walk had no end."""
+    left = folder / "data/train/left"
+    (left / "sub").mkdir()
+    (left / "0.png").rename(left / "sub/0.png")
+    (left / link).symlink_to(to)
+    with pytest.raises(DataError, match=f"the same folder as .*({named}), whose images would count twice; take"):
+        build(folder, [("left", "right")])
+
+
+def test_a_folder_that_is_a_link_serves_several_classes(folder):
+    """A class made of others: tasks may ask for it, and for these."""
+    for split in ("train", "test"):
+        (folder / "data" / split / "any").mkdir()
+        for name in ("left", "right"):
+            (folder / "data" / split / "any" / name).symlink_to(f"../{name}")
+    train, _ = build(folder, [("left", "right"), ("any", "left")])
+    assert [len(train.rows(t)) for t in range(2)] == [24, 36]
+
+
+def test_a_folder_that_cannot_be_read_is_named(folder, monkeypatch):
+    """Found by review: it was left out without a word."""
+    (folder / "data/train/left/more").mkdir()
+    scan = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("more"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match="train/left/more: cannot be read .Permission denied."):
+        build(folder, [("left", "right")])
+
+
+@pytest.mark.parametrize("name", ["pipe.png", "pipe"])
+def test_a_pipe_among_the_images_is_passed_over(folder, capsys, name):
+    """Found by review: the run waited for ever for somebody to write into it."""
+    os.mkfifo(folder / "data/train/left" / name)
+    train, _ = build(folder, [("left", "right")])
+    assert len(train.labels) == 24 and "1 files that are no images were passed over" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["val", "valid"])

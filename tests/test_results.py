@@ -46,7 +46,7 @@ def toy(tmp_path, monkeypatch):
     np.savez(tmp_path / "cifar100.npz", **make_arrays(classes=100, train=5, test=1, size=32, channels=3))
     np.savez(tmp_path / "mnist.npz", **make_arrays(classes=10, train=5, test=1, size=28))
     write_yaml(tmp_path / "hp.yaml", {**CONV, "epochs": 1})
-    return {"DATA_DIR": str(tmp_path), "OUT": str(tmp_path / "runs"), "SEEDS": "0", "PEERS": "replay" * AVALANCHE,
+    return {"DATA_DIR": str(tmp_path), "OUT": str(tmp_path / "my runs"), "SEEDS": "0", "PEERS": "replay" * AVALANCHE,
             "FIGURE": str(tmp_path / "figure.png"), "TABLE": str(tmp_path / "table.md"), "EPOCHS": "1", "ORDERS": "0 1",
             "ISOLATED": "0 1 2 3", "FIRST": "1", "SHORT": "2", "ZOOS": "0", "FIGURES": str(tmp_path)}  # fmt: skip
 

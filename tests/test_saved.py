@@ -113,9 +113,20 @@ def test_a_loaded_zoo_has_the_warm_learner(workspace):
 
 def test_a_zoo_of_an_unfinished_run_is_its_learners_so_far(saved):
     learner_path(saved, 2).unlink()
+    (saved / "result.json").unlink()
     zoo = Zoo.load(saved, "cpu")
     assert [learner.tasks[-1] for learner in zoo.learners] == [0, 1]
     assert zoo.predict(np.zeros((3, 24, 24), "uint8"), 2).tolist() == [[0.5, 0.5]] * 3  # nobody knows the task yet
+
+
+@pytest.mark.parametrize("lost, rest", [(2, "the result"), (1, "a later learner")])
+def test_a_learner_that_is_lost_is_named(saved, lost, rest):
+    """Found by review: the zoo was that of the learners before it, and guessed on the tasks of the others."""
+    learner_path(saved, lost).unlink()
+    if rest == "a later learner":
+        (saved / "result.json").unlink()
+    with pytest.raises(ConfigError, match=f"00{lost}.pt: missing, though the run went on; --resume trains it again"):
+        Zoo.load(saved, "cpu")
 
 
 @pytest.mark.parametrize(("images", "task", "message"), [

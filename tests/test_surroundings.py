@@ -14,10 +14,11 @@ from datasets.build_dataset import build_dataset
 from datasets.data import DataError
 from multihead import require_finite
 from tests.conftest import CONV, flags, write_yaml
+from utils import run_folder
 from utils.command import command, guard
 from utils.config import read_settings
 from utils.config_files import ConfigError, load_yaml, read_dataset, read_hyperparam, read_space
-from utils.run_folder import RunError
+from utils.run_folder import RunError, write_file
 from utils.run_net import make_generator
 
 ROOT = Path(__file__).parent.parent
@@ -167,9 +168,56 @@ def test_seeds_of_a_grid_may_be_a_list(tmp_path, monkeypatch):
     for seeds in ([0, 1, 4], "0-1,4"):
         write_yaml(tmp_path / "grid.yaml", grid | {"seeds": seeds})
         assert [s.seed for s in read_grid(["--grid", str(tmp_path / "grid.yaml")])[0]] == [0, 1, 4]
+    with pytest.raises(ConfigError, match="--seeds: '' is not a list of seeds"):  # an empty variable of a shell
+        read_grid(["--grid", str(tmp_path / "grid.yaml"), "--seeds", ""])
 
 
 # -- paths as people write them
+
+
+@pytest.mark.parametrize("out", ["a file", "a link that leads nowhere"])
+def test_an_out_that_is_no_folder_is_named(workspace, capsys, out):
+    """Found by review: "another process has just made it"."""
+    if out == "a file":
+        (workspace / "runs").write_text("mine")
+    else:
+        (workspace / "runs").symlink_to("nowhere")
+    assert command("modelzoo.py", "modelzoo", modelzoo.run, flags(workspace, "--name", "a")) == 2
+    assert f"{workspace / 'runs'}: is there and no folder; take another --out" in capsys.readouterr().err
+
+
+def test_a_device_is_not_replaced_and_a_link_stays_one(tmp_path):
+    """Found by review: a report to /dev/null would have made it a file."""
+    os.mkfifo(tmp_path / "device")
+    with pytest.raises(RunError, match="device: cannot be written .it is there and no file."):
+        write_file(tmp_path / "device", b"x")
+    assert not (tmp_path / "device").is_file()
+    (tmp_path / "link").symlink_to("file")
+    for data in (b"x", b"y"):
+        write_file(tmp_path / "link", data)
+        assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_bytes() == data
+
+
+def test_a_hyperparameter_file_may_be_a_pipe(workspace):
+    """`--hp_config <(sed ... hp.yaml)`, which can be read once."""
+    script = f"{sys.executable} multihead.py {' '.join(flags(workspace))} --hp_config <(cat {workspace / 'hp.yaml'})"
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_commit_is_that_of_the_code(tmp_path, monkeypatch):
+    """Not of another repository that it lies in, nor of the one whose hook runs it."""
+    git = ["git", "-c", "user.name=x", "-c", "user.email=x@example.org", "-C", str(tmp_path)]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
+    own = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True,
+                         env={k: v for k, v in os.environ.items() if k != "GIT_DIR"}).stdout.strip()  # fmt: skip
+    assert (run_folder.commit() or "").rstrip("+") == own
+    (tmp_path / "utils").mkdir()
+    monkeypatch.setattr(run_folder, "__file__", str(tmp_path / "utils/run_folder.py"))
+    Path(run_folder.__file__).write_text("")
+    assert run_folder.commit() is None
 
 
 def test_paths_with_home_and_backslashes(workspace, monkeypatch):

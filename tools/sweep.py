@@ -107,7 +107,7 @@ def read_grid(argv):
         ConfigError: a mistake in the sweep's flags or in those of any run, or two runs of one folder.
     """
     flags, common = make_grid_parser().parse_known_args(argv)
-    grid = load_yaml(flags.grid) if flags.grid else {}
+    grid = {} if flags.grid is None else load_yaml(flags.grid)
     keys = ("methods", "data_config", "hp_config", "seeds")
     for key in grid:
         if key not in (*keys, "flags"):
@@ -123,7 +123,8 @@ def read_grid(argv):
     methods, data_configs, hp_configs = lists
     seeds = grid.get("seeds", 0)
     seeds = ",".join(map(str, seeds)) if isinstance(seeds, list) else str(seeds)
-    seeds = read_seeds("--seeds" if flags.seeds else f"{flags.grid}: seeds", flags.seeds or seeds)
+    given = flags.seeds is not None
+    seeds = read_seeds("--seeds" if given else f"{flags.grid}: seeds", flags.seeds if given else seeds)
 
     runs = []
     for seed, data_config, hp_config, text in itertools.product(seeds, data_configs, hp_configs, methods):

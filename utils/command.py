@@ -1,5 +1,6 @@
 """A command from its start to its exit status: settings, signals, and one line for whatever goes wrong."""
 import contextlib
+import os
 import signal
 import sys
 
@@ -25,7 +26,12 @@ def guard(prog, work):
     What it returns, or 0; 2, after one line, where the user must mend something; 128 + n after signal n, which loses at
     most the learner in training.
     """
-    before = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    # A signal that the caller has this process ignore, as a shell does of a background job's Ctrl-C, stays ignored.
+    heeded = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, _stop) for number in heeded}
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a task's name may have letters that the terminal lacks

@@ -204,8 +204,8 @@ def read_dataset(file):
             if name == "image_folder" and isinstance(label, str):
                 continue
             if name == "image_folder" and type(label) is not int:
-                raise ConfigError(f"{where}: {label!r} is not a class name; YAML reads yes, no, null, dates and 1e3 as "
-                                  "other things than texts: put such a name in quotes")  # fmt: skip
+                raise ConfigError(f"{where}: {reprlib.repr(label)} is not a class name; YAML reads yes, no, null, "
+                                  "dates and 1e3 as other things than texts: put such a name in quotes")  # fmt: skip
             top = DATASETS[name]
             check(f"{where}: label", label, int, 0, 2**31 if top is None else top - 1)
         repeated = next((label for label in task if task.count(label) > 1), None)
@@ -241,13 +241,17 @@ def _check_keyword(where, value):
     return value
 
 
-def read_space(file):
+def read_space(file, found=None):
     """Read the space that a search tries: `SPACE`, changed by what the hyper-parameter file's `search:` says.
+
+    Args:
+        file: its path.
+        found: what it holds (None: it is read), so that a pipe is read once.
 
     Raises:
         ConfigError: see `read_hyperparam`.
     """
-    found = load_yaml(file)
+    found = load_yaml(file) if found is None else found
     model, found = found.get("model"), found.get("search", {})
     if not isinstance(found, dict):
         raise ConfigError(f"{file}: search: must hold keys, each with what to try, such as 'lr: {{log: [1e-4, 1e-1]}}'")
@@ -302,7 +306,7 @@ def read_hyperparam(file, over=()):
     """
     found = load_yaml(file)
     check_keys(file, found, ("model", *RANGES), ("epochs", "schedule", "augment", "search", "width", *OPTIONAL))
-    read_space(file)
+    read_space(file, found)
     over = {key: value for key, value in dict(over).items() if value is not None}
 
     def read(key, default=None, **values):

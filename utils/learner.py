@@ -187,6 +187,8 @@ def load_run(folder, device):
         for k in range(first, settings["num_rounds"]):
             path = learner_path(Path(folder), k)
             if not path.exists() and learners:
+                if (Path(folder) / "result.json").exists() or learner_path(Path(folder), k + 1).exists():
+                    raise ConfigError(f"{path}: missing, though the run went on; --resume trains it again")
                 break  # the run is not finished
             learner = make_learner(load_tensors(path, "cpu"), device)
             if [tuple(x.shape) for x in learner.test_logits] != [shapes[t] for t in learner.tasks]:

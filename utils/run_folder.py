@@ -50,11 +50,16 @@ def naming_memory(line):
 def write_file(path, data):
     """Write bytes to `path` so that it holds all of them or is as it was: temporary name, flush to disk, rename.
 
+    A link stays one, and what it leads to is written.
+
     Raises:
-        RunError: the disk is full, the folder read-only or gone.
+        RunError: the disk is full, the folder read-only or gone, or `path` a device, which the rename would replace.
     """
+    path = Path(os.path.realpath(path))
     part = path.with_name(f".{path.name}.part")
     try:
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EINVAL, "it is there and no file")
         with open(part, "wb") as file:
             file.write(data)
             file.flush()
@@ -190,13 +195,16 @@ def open_folder(folder, settings, resume, origin, inside="learners"):
     lock = FileLock(folder / "lock", timeout=0)  # ends with this process, however that ends
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir(exist_ok=resume)
+        try:
+            folder.mkdir(exist_ok=resume)
+        except FileExistsError as e:
+            raise ConfigError(f"{folder}: another process has just made it; take another --name") from e
         (folder / inside).mkdir(exist_ok=True)
         warned = warnings.catch_warnings(action="ignore")  # newer filelocks warn, and let the file itself be the lock
         with passing_over("locks", "start no other run in this folder meanwhile"), warned:
             lock.acquire()
     except FileExistsError as e:
-        raise ConfigError(f"{folder}: another process has just made it; take another --name") from e
+        raise ConfigError(f"{e.filename}: is there and no folder; take another --out") from e
     except Timeout as e:
         raise ConfigError(f"{folder}: another process is writing it; wait for it or take another --name") from e
     except OSError as e:
@@ -228,10 +236,16 @@ def versions():
 
 def commit():
     """This code's git commit, with a + where files differ from it; None outside a git checkout."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    here = Path(__file__)
+    # A git hook sets these, for its own repository.
+    env = {k: v for k, v in os.environ.items() if k not in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")}
+
+    def git(*words):
+        command = ["git", "-C", str(here.parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout.strip()
+
     try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+        git("ls-files", "--error-unmatch", here.name)  # unpacked inside another repository, it is not of its commit
+        return git("rev-parse", "HEAD") + "+" * bool(git("status", "--porcelain", "-uno"))
     except (OSError, subprocess.CalledProcessError):
         return None
-    return head + "+" * bool(changed.stdout.strip())
