@@ -27,7 +27,8 @@ def test_runs_that_differ_in_seed_only_are_one_group(tmp_path):
 
 @pytest.mark.parametrize("key", ["precision", "device", "l2_reg", "dropout", "schedule", "augment", "model", "samples"])
 def test_runs_that_differ_in_a_setting_are_no_seeds_of_one_group(tmp_path, key):
-    folders = [make_run(tmp_path / f"{s}", [[0.6, 0.6]] * 2, s, **{key: x}) for s, x in enumerate("xy")]
+    values = (5, 20) if key == "samples" else ("x", "y")
+    folders = [make_run(tmp_path / f"{s}", [[0.6, 0.6]] * 2, s, **{key: x}) for s, x in enumerate(values)]
     assert len(read_groups(folders)[0]) == 2
 
 
@@ -177,6 +178,8 @@ FOREIGN = [
     lambda r: damage(r, "rounds", 0, "tasks", value=[7]), lambda r: damage(r, "seconds", value="fast"),
     lambda r: damage(r, "classes", value=[]), lambda r: damage(r, "config", "method", value=["svm"]),
     lambda r: damage(r, "accuracy_matrix", 1, 1, value=float("nan")), lambda r: damage(r, "config", value=[]),
+    lambda r: damage(r, "config", "samples", value={"a": 1}), lambda r: damage(r, "config", "task_order", value="x"),
+    lambda r: damage(r, "config", "epochs", value="5"), lambda r: damage(r, "config", "model", value=["conv"]),
 ]  # fmt: skip
 
 

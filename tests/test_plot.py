@@ -1,4 +1,5 @@
 """tools/plot.py: what is drawn, by hand; files of every kind; bad input."""
+import csv
 import errno
 import json
 import math
@@ -8,12 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.runfolders import make_run, make_seeds
 from tools import plot
 from tools.points import NUMBERS, TEXTS, count_work, list_points, read_points
 from tools.runs import group_runs, read_run, read_runs
 from utils.command import guard
+from utils.config_files import ConfigError
+from utils.learner import Learner, learner_path, save_learner
+from utils.run_folder import save_tensors
 
 colors = pytest.importorskip("matplotlib.colors")
 
@@ -189,6 +194,124 @@ def test_points_that_are_none_are_one_line(text, message, tmp_path, capsys):
     assert "make no figure together" in capsys.readouterr().err
     assert plot_of("dots", tmp_path, "--file", tmp_path / "a.csv") == 2
     assert "must end in .svg, .pdf, .png" in capsys.readouterr().err and not (tmp_path / "a.png").exists()
+
+
+POINT = dict(zip(NUMBERS + TEXTS, ["5", "3", "0.73", "0.01", "0.7", "0.76", "500", "2e10", "40", "100", "Model Zoo",
+                                   "2 tasks of toy", "conv", "all samples", "abc", "a, b", "2.0"], strict=True))
+
+
+def write_points(file, *rows, head="", end=""):
+    """A file of points, each POINT but for what its dict in `rows` says."""
+    with open(file, "w", encoding="utf-8", newline="") as opened:
+        opened.write(head)
+        writer = csv.DictWriter(opened, POINT)
+        writer.writeheader()
+        writer.writerows(POINT | row for row in rows)
+        opened.write(end)
+    return file
+
+
+def test_points_may_have_empty_cells_blank_lines_and_a_byte_order_mark(tmp_path):
+    empty = dict.fromkeys(("sd", "low", "high", "rows_trained", "parameters", "stored_rows"), "")
+    file = write_points(tmp_path / "a.csv", {"low": "-0.1", "high": "1.2"}, empty, head="\ufeff", end="\n\n")
+    points = read_points([file])
+    assert points["low"].tolist()[0] == -0.1 and points["epochs"].tolist() == [5, 5]
+    assert points[list(empty)].iloc[1].isna().all() and points["hardware"].tolist() == ["a, b"] * 2
+
+
+@pytest.mark.parametrize(("cells", "message"), [
+    ({"rows_trained": "594,150"}, "rows_trained must be a number of 0 or more, or empty, such as 0.73 or"),
+    ({"mean": "0,73"}, "mean must be a number above 0"), ({"mean": ""}, "mean must be a number above 0"),
+    ({"n": "0"}, "n must be a number above 0"), ({"operations": "nan"}, "operations must be a number above 0"),
+    ({"sd": "-0.1"}, "sd must be a number of 0 or more"), ({"stored_rows": "inf"}, "stored_rows must be a number of 0"),
+    ({"low": "x"}, "low must be a number, or empty"), ({"high": "-inf"}, "high must be a number, or empty"),
+    ({"parameters": "1_000"}, "parameters must be a number of 0"),
+    ({"mean": "73", "low": "70", "high": "76"}, "mean must be in [0, 1], not 73: accuracies are shares, not per cent"),
+    ({"low": "0.74"}, "mean 0.73 must lie from low to high, not 0.74 to 0.76"),
+    ({"high": ""}, "mean 0.73 must lie from low to high, not 0.7 to empty"),
+])  # fmt: skip
+def test_numbers_that_cannot_be_are_one_line(tmp_path, capsys, cells, message):
+    """Found by review: they became empty cells or wrong points, and the line told was not the file's."""
+    file = write_points(tmp_path / "a.csv", {"hardware": "two\nlines"}, {"epochs": "6"} | cells)
+    assert plot_of("compute", file, "--file", tmp_path / "a.svg") == 2
+    err = capsys.readouterr().err
+    assert f"plot.py: {file}: line 4: {message}" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("end", "message"), [
+    ("1,2,3\n", "line 3: 3 cells, but 17 columns in line 1"), ("\n" + "1," * 18 + "1\n", "line 4: 19 cells, but 17"),
+    ('"1"2,3\n', "line 3: not a table of points ("), ('1,"2\n', "line 3: not a table of points ("),
+])  # fmt: skip
+def test_rows_of_other_lengths_and_stray_quotes_are_one_line(tmp_path, capsys, end, message):
+    """Found by review: pandas filled short rows, and of longer ones made an index."""
+    file = write_points(tmp_path / "a.csv", {}, end=end)
+    assert plot_of("compute", file, "--file", tmp_path / "a.svg") == 2
+    err = capsys.readouterr().err
+    assert f"{file}: {message}" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("cells", "message"), [
+    ({"tasks": "3 tasks of toy", "method": "Isolated"},
+     "tasks '3 tasks of toy' differs from '2 tasks of toy' in {a}, line 2; all points must have the same"),
+    ({"model": "conv_9"}, "model 'conv_9' differs from 'conv' in {a}, line 2; the points of 'Model Zoo' must"),
+    ({"samples": "samples 9"}, "samples 'samples 9' differs from 'all samples' in {a}, line 2; the points of 'Model"),
+])  # fmt: skip
+def test_points_that_do_not_belong_together_are_one_line(tmp_path, cells, message):
+    """Found by review: one line joined points of other tasks, models and samples."""
+    a, b = write_points(tmp_path / "a.csv", {}), write_points(tmp_path / "b.csv", {"epochs": "6"}, cells)
+    with pytest.raises(ConfigError) as caught:
+        read_points([a, b])
+    assert str(caught.value).startswith(f"{b}: line 3: " + message.format(a=a))
+    other = write_points(tmp_path / "b.csv", {"method": "Isolated", "model": "conv_9", "samples": "samples 9"})
+    assert len(read_points([a, other])) == 2
+
+
+def test_the_same_tasks_under_two_names_are_points_of_one_text(tmp_path):
+    """Or the file that plot.py writes would be one that it refuses."""
+    runs = [make_run(tmp_path / name, [[0.5]], method=method, data_config=f"{name}.yaml")
+            for name, method in (("a", "modelzoo"), ("b", "multihead"))]  # fmt: skip
+    assert plot_of("compute", *runs, "--file", tmp_path / "points.csv") == 0
+    assert read_points([tmp_path / "points.csv"])["tasks"].tolist() == ["1 task of a or 1 task of b"] * 2
+
+
+@pytest.mark.parametrize(("first", "change"), [
+    (0, lambda r: r["config"].update(model="perceptron")), (0, lambda r: r["config"].pop("model")),
+    (1, lambda r: r.update(image_shape=[1, 8, 8])), (1, lambda r: r.update(rows_trained=None)),
+])  # fmt: skip
+def test_compute_leaves_out_networks_that_cannot_be_built(tmp_path, zoo, joint, capsys, first, change):
+    """Found by review: tracebacks; the last two also where only a seed after the group's first is so."""
+    others = [make_run(tmp_path / f"other{s}", [[0.5] * 3], s, method="multihead", lr=0.5) for s in range(2)]
+    for folder in others[first:]:
+        result = json.loads((folder / "result.json").read_text())
+        change(result)
+        (folder / "result.json").write_text(json.dumps(result))
+    assert plot_of("compute", *zoo, joint[1], *others, "--file", tmp_path / "a.csv") == 0
+    err = capsys.readouterr().err
+    assert err.startswith("plot.py: skipped: Multi-Head, ") and err.count("\n") == 1
+    assert "this kind of run has no place in the figure compute" in err
+    assert read_points([tmp_path / "a.csv"])["method"].tolist() == ["Model Zoo", "Multi-Head"]
+    assert plot_of("dots", *zoo, *others, "--file", tmp_path / "a.svg") == 0
+
+
+def test_a_task_that_comes_twice_has_two_confusions(tmp_path):
+    """Found by review: a KeyError. The second run has other names and another order; its shares are the same."""
+    tasks = {"all 0": ([0, 1], [[0.9, 0.1]] * 2), "right": ([2, 3], [[0.9, 0.1], [0.1, 0.9]]),
+             "all 1": ([0, 1], [[0.1, 0.9]] * 2)}  # fmt: skip
+    runs = []
+    for order, keys in enumerate((["all 0", "right", "all 1"], ["right", "all 0", "all 1"])):
+        labels, rows = zip(*map(tasks.get, keys), strict=True)
+        folder = make_run(tmp_path / str(order), [[1.0 if key == "right" else 0.5 for key in keys]], method="multihead",
+                          tasks=labels, task_order=order, names=["x", "y", "z"] if order else None)  # fmt: skip
+        logits = tuple(torch.tensor(of_task).log() for of_task in rows)
+        (folder / "learners").mkdir()
+        save_learner(learner_path(folder, 0), Learner((0, 1, 2), logits, logits, 1.0, 10, 20))
+        save_tensors(folder / "test_labels.pt", [torch.tensor([0, 1])] * 3)
+        runs.append(folder)
+    for folders in (runs[:1], runs):
+        panels = figure_of("confusion", folders).axes[:3]
+        assert [axis.get_title() for axis in panels] == ["0 1", "2 3", "0 1"]
+        assert [[text.get_text() for text in axis.texts] for axis in panels] == [
+            ["100", "0", "100", "0"], ["100", "0", "0", "100"], ["0", "100", "0", "100"]]  # fmt: skip
 
 
 def test_compute_leaves_out_what_does_not_say_its_cost(tmp_path, zoo, capsys):

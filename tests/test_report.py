@@ -1,6 +1,7 @@
 """tools/report.py and tools/page.py: formats, widths, what stands in them, flags, the page."""
 import csv
 import io
+import os
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 from tests.runfolders import assert_one_line, make_run, make_seeds, report_of, squeeze
 from tools import report
+from tools.runs import load_frame
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -141,6 +143,16 @@ def test_control_characters_of_paths_and_names_do_not_reach_the_terminal(tmp_pat
         out, err = capsys.readouterr()
         assert "\x1b" not in out + err
         assert "left out" in out + err and "no such run folder" in err
+
+
+def test_folders_whose_names_are_not_utf_8_are_read(tmp_path, capsys):
+    """Found by review: a UnicodeEncodeError of pandas. Two such folders stay two."""
+    folders = [make_run(tmp_path / os.fsdecode(b"o" + byte), [[x, x]] * 2, s)
+               for s, (byte, x) in enumerate(((b"\xff", 0.5), (b"\xfe", 0.7)))]  # fmt: skip
+    assert report_of(*folders) == 0 and "60.00" in capsys.readouterr().out
+    assert load_frame(folders)["run"].tolist() == [f"{tmp_path}/o\\udcff", f"{tmp_path}/o\\udcfe"]
+    page = tmp_path / "page.html"
+    assert report_of(*folders, "--html", page) == 0 and page.stat().st_size > 1000
 
 
 @pytest.mark.parametrize(("package", "words"), [

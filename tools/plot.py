@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools.points import list_points, read_points
+from tools.points import count_work, list_points, read_points
 from tools.runs import describe_groups, group_runs, make_frame, printable, read_runs, require, task_labels
 from tools.stats import FEWEST, LEVEL, Summary, measure, summarise
 from utils.command import guard
@@ -88,7 +88,7 @@ def choose(kind, groups):
     chosen, skipped = [], []
     for group in groups:
         run = group.runs[0]
-        if not fits(run):
+        if not all(map(fits, group.runs)):
             skipped.append(f"{group.label}: this kind of run has no place in the figure {kind}")
         elif kind == "joint" and not all(_nested(run, other.runs[0]) for other in chosen):
             skipped.append(f"{group.label}: its tasks and those of {', '.join(g.label for g in chosen)} do not begin "
@@ -368,7 +368,10 @@ def draw_confusion(groups):
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
     for axis, (group, t) in zip(axes, panels, strict=False):
-        rows = frame[(frame["group"] == group.label) & (frame["name"] == group.runs[0].names[t])]
+        # The task's place in each run: a name may come twice, and runs may have other orders.
+        places = {(run.seed, run.order): _identify(run).index(_identify(group.runs[0])[t]) for run in group.runs}
+        rows = frame[frame["group"] == group.label]
+        rows = rows[[places[s, o] == i for s, o, i in zip(*map(rows.get, ("seed", "task_order", "task")), strict=True)]]
         classes = rows["class"][rows["run"] == rows["run"].iloc[0]].map(_shorten)
         counts = rows.groupby(rows.groupby("run").cumcount())[[f"as_{i}" for i in range(len(classes))]].sum()
         shares = 100 * counts.div(counts.sum(axis=1), axis=0)
@@ -387,6 +390,12 @@ def draw_confusion(groups):
     figure.colorbar(image, ax=list(axes), location="bottom", aspect=60,
                     label="predicted as, % of the class's test rows" + ", all seeds together" * several)  # fmt: skip
     return figure
+
+
+def _identify(run):
+    """What each task is, whatever the order: its source labels, and how many tasks before it have the same."""
+    tasks = json.loads(run.tasks)[-1]
+    return [(labels, tasks[:t].count(labels)) for t, labels in enumerate(tasks)]
 
 
 def _mean_over_seeds(frame, group, key):
@@ -445,9 +454,18 @@ def _has_curves(run):
 
 
 def _counts_work(run):
-    """Of frozen backbones no operations are counted: their epochs train heads alone."""
-    frozen = any(one.settings.get("freeze") for one in run.members or [run])
-    return not frozen and run.image_shape is not None and run.cost["rows_trained"] is not None
+    """Of frozen backbones no operations are counted: their epochs train heads alone.
+
+    Nor are those of networks that cannot be built here: unknown ones, and images too small for them.
+    """
+    for one in run.members or [run]:
+        if one.settings.get("freeze") or None in (one.image_shape, one.cost["rows_trained"], one.settings.get("model")):
+            return False
+    try:
+        count_work(run)
+    except ValueError:
+        return False
+    return True
 
 
 # kind: (title, which runs it can show, how it is drawn)

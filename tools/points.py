@@ -1,6 +1,8 @@
 """Points of accuracy against compute: of run folders, or of files in which they were kept."""
+import csv
 import functools
 import math
+import reprlib
 import statistics
 
 from tools.runs import join_lengths, printable, require, setting_text
@@ -10,6 +12,7 @@ from utils.config_files import ConfigError
 # A point's columns. Accuracies are in [0, 1].
 NUMBERS = ["epochs", "n", "mean", "sd", "low", "high", "rows_trained", "operations", "parameters", "stored_rows"]
 TEXTS = ["method", "tasks", "model", "samples", "commit", "hardware", "torch"]
+NEEDED = ("epochs", "n", "mean", "operations")  # never empty or 0: every point has a place
 
 
 def list_points(groups):
@@ -17,6 +20,9 @@ def list_points(groups):
 
     Costs are means over the group's runs.
     """
+    first = [(group.runs[0].members or group.runs)[0] for group in groups]
+    # One text for all, or `read_points` would take files of the same tasks under two names for different ones.
+    tasks = " or ".join(dict.fromkeys(run.settings["tasks"] for run in first))
     rows = []
     for method, line in join_lengths(groups):
         for group in line:
@@ -27,7 +33,7 @@ def list_points(groups):
                         "model": "; ".join(dict.fromkeys(member.settings["model"] for member in members))}
             costs = [run.cost | {"operations": count_work(run)} for run in group.runs]
             cost = {key: mean_or_none([cost[key] for cost in costs]) for key in costs[0]}
-            rows.append({**settings, **vars(s), **cost, **about, "method": method})
+            rows.append({**settings, **vars(s), **cost, **about, "tasks": tasks, "method": method})
     return require("pandas").DataFrame(rows, columns=NUMBERS + TEXTS)
 
 
@@ -40,27 +46,68 @@ def read_points(paths):
     """The points that files hold, one file's after the other's.
 
     Raises:
-        ConfigError: a file cannot be read, or is not one that the figure compute wrote.
+        ConfigError: a file cannot be read, or is not one that the figure compute wrote; points of different tasks, or
+            of one method with different models or samples.
     """
-    pandas, frames = require("pandas"), []
+    pandas, points, first = require("pandas"), [], {}
     for path in paths:
-        try:
-            frame = pandas.read_csv(path, encoding="utf-8", dtype=str, keep_default_na=False)
-        except OSError as e:
-            raise ConfigError(f"{path}: cannot be read ({e.strerror})") from e
-        except ValueError as e:  # of pandas' parser, and of other encodings
-            raise ConfigError(f"{path}: not a table of points ({printable(e)})") from e
-        if not len(frame):
-            raise ConfigError(f"{path}: holds no points")
-        if missing := [key for key in NUMBERS + TEXTS if key not in frame]:
-            raise ConfigError(f"{path}: no column {missing[0]}; plot.py compute RUN... --file {path} writes them all")
-        for key in NUMBERS:
-            frame[key] = pandas.to_numeric(frame[key], errors="coerce").where(lambda column: column < math.inf)
-            if key in ("epochs", "n", "mean", "operations") and not (frame[key] > 0).all():
-                line = 2 + (frame[key] > 0).argmin()
-                raise ConfigError(f"{path}: line {line}: {key} must be a number above 0")
-        frames.append(frame)
-    return pandas.concat(frames)
+        for line, row in _read_rows(path):
+            point = row | {key: pandas.to_numeric(row[key], errors="coerce") for key in NUMBERS}
+            if problem := _find_problem(row, point):
+                raise ConfigError(f"{path}: line {line}: {problem}")
+            for key, method in (("tasks", None), ("model", row["method"]), ("samples", row["method"])):
+                value, place = first.setdefault((key, method), (row[key], f"{path}, line {line}"))
+                if row[key] != value:
+                    whose = "all points" if method is None else f"the points of {method!r:.80}"
+                    raise ConfigError(f"{path}: line {line}: {key} {row[key]!r:.80} differs from {value!r:.80} in "
+                                      f"{place}; {whose} must have the same")  # fmt: skip
+            points.append(point)
+    return pandas.DataFrame(points)
+
+
+def _read_rows(path):
+    """A list of (number of its line, dict column -> text), one a row of a file; `ConfigError` as `read_points`."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            try:
+                header, rows = reader.fieldnames, [(reader.line_num, row) for row in reader]
+            except csv.Error as e:
+                raise ConfigError(f"{path}: line {reader.reader.line_num}: not a table of points ({e})") from e
+    except OSError as e:
+        raise ConfigError(f"{path}: cannot be read ({e.strerror})") from e
+    except ValueError as e:  # of other encodings
+        raise ConfigError(f"{path}: not a table of points ({printable(e)})") from e
+    if not header:
+        raise ConfigError(f"{path}: not a table of points (its first line is empty)")
+    if missing := [key for key in NUMBERS + TEXTS if key not in header]:
+        raise ConfigError(f"{path}: no column {missing[0]}; plot.py compute RUN... --file {path} writes them all")
+    for line, row in rows:
+        if None in row or None in row.values():  # where DictReader puts what is too many, and what lacks
+            cells = len(header) + len(row.get(None, ())) - list(row.values()).count(None)
+            raise ConfigError(f"{path}: line {line}: {cells} cells, but {len(header)} columns in line 1")
+    if not rows:
+        raise ConfigError(f"{path}: holds no points")
+    return rows
+
+
+def _find_problem(row, point):
+    """What is wrong with the numbers of a point, read from the texts in `row`; None where nothing is."""
+    for key in NUMBERS:
+        x, what = point[key], "a number of 0 or more, or empty"
+        right = row[key] == "" or 0 <= x < math.inf
+        if key in NEEDED:
+            right, what = 0 < x < math.inf, "a number above 0"
+        elif key in ("low", "high"):  # an interval may pass 0 and 1
+            right, what = row[key] == "" or abs(x) < math.inf, "a number, or empty"
+        if not right:
+            return f"{key} must be {what}, such as 0.73 or 594150, not {reprlib.repr(row[key])}"
+    low, mean, high = (point[key] for key in ("low", "mean", "high"))
+    if mean > 1:
+        return f"mean must be in [0, 1], not {row['mean']}: accuracies are shares, not per cent"
+    if (row["low"] or row["high"]) and not low <= mean <= high:
+        return f"mean {row['mean']} must lie from low to high, not {row['low'] or 'empty'} to {row['high'] or 'empty'}"
+    return None
 
 
 def count_work(run):

@@ -110,9 +110,13 @@ def load_frame(paths, ensembles=(), rows="run"):
 def make_frame(groups, rows="run"):
     """As `load_frame`, of groups that are read already."""
     make = {"run": _run_rows, "task": _task_rows, "round": _round_rows, "class": _class_rows}[rows]
-    frame = require("pandas").DataFrame([
+    cells = [
         {"run": run.path, "group": group.label, "kind": run.kind, "seed": run.seed, "task_order": run.order, **row}
-        for group in groups for run in group.runs for row in make(run, group, groups)])  # fmt: skip
+        for group in groups for run in group.runs for row in make(run, group, groups)]  # fmt: skip
+    # A path need not be UTF-8, which pandas wants. Not `printable`: two folders must not become one.
+    frame = require("pandas").DataFrame([
+        {key: x.encode(errors="backslashreplace").decode() if isinstance(x, str) else x for key, x in row.items()}
+        for row in cells])  # fmt: skip
     numbers = frame.columns.intersection([*METRICS, TRANSFER, *COSTS, "first_seen", "accuracy", "weight"])
     return frame.astype(dict.fromkeys(numbers, float))
 
@@ -265,6 +269,10 @@ def _parse(path, result, about):
         "class_names": list(map(len, class_names)) == list(map(len, classes)),
         "config": isinstance(continual, bool) and isinstance(config["seed"], int),
         "method": config["method"] == result["method"],
+        "model": isinstance(config.get("model", ""), str),
+        "epochs": isinstance(config.get("epochs", 0), int),
+        "samples": isinstance(config.get("samples"), int | None),
+        "task_order": isinstance(config["task_order"], int),
         "rounds": len(matrix) == len(rounds) > 0 and (not continual or len(rounds) == size),
         "rounds: tasks": all(isinstance(t, int) and 0 <= t < size for r in rounds for t in r["tasks"]),
         "rounds: weights": all(len(r["weights"]) <= size and all(map(number, r["weights"])) for r in rounds),
