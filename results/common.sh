@@ -6,6 +6,7 @@
 #   EPOCHS    where a script trains for one length, or for several
 #   PEERS     where a script runs Avalanche's methods, which of them; "" for none
 #   MORE      flags for every run, such as "--samples 5 --epochs 1", which give another table sooner
+# Relative paths count from the repository.
 # A script that is started again goes on: only what is missing is run. Two shells share the work, each with other SEEDS
 # and, where a script takes them, other ISOLATED.
 set -eu
