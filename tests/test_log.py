@@ -156,12 +156,12 @@ def test_lines_where_there_is_no_terminal(tmp_path, capsys, clock):
         run_log.start_round(0, epochs=2, rows=100)
         loss = watch(run_log, clock)
         # After 30 s 60 of the 400 rows are trained on: 340 are left, at 2 a second.
-        assert capsys.readouterr().out == "round 1/2   epoch 1/2    60 %   loss 0.500   02:50 left\n"
+        assert capsys.readouterr().out == "round 1/2   epoch 1/2, 60 % of it   loss 0.500   02:50 left\n"
         run_log.log_epoch(0, epoch=0, train_loss=0.4)
         assert loss.read == 1 and capsys.readouterr().out == ""  # 20 s after the last line
         watch(run_log, clock, seconds=1.0)
         # 10 s later another is due; then 200 - 90 rows have been trained on in 50 + 10 s.
-        assert capsys.readouterr().out == "round 1/2   epoch 2/2   100 %   loss 0.300   01:00 left\n"
+        assert capsys.readouterr().out == "round 1/2   epoch 2/2, 100 % of it   loss 0.300   01:00 left\n"
 
 
 def test_rows_that_an_earlier_process_trained_say_nothing_of_the_speed(tmp_path, capsys, clock):
@@ -171,7 +171,7 @@ def test_rows_that_an_earlier_process_trained_say_nothing_of_the_speed(tmp_path,
         run_log.start_round(1, epochs=2, rows=100, first=1)  # and half of the second
         watch(run_log, clock)
     # 60 rows in 30 s, 240 left; with those of the earlier process as speed it would be 00:19.
-    assert capsys.readouterr().out == "round 2/3   epoch 2/2    60 %   loss 0.500   02:00 left\n"
+    assert capsys.readouterr().out == "round 2/3   epoch 2/2, 60 % of it   loss 0.500   02:00 left\n"
 
 
 def test_watching_costs_next_to_nothing():

@@ -141,7 +141,7 @@ class RunLog:
         elif seen:
             trained = self.done + seen - self.found
             left = max(self.work - self.done - seen, 0) / trained * (now - self.began)
-            say(f"{where}   {epoch}   {100 * seen / self.rows:3.0f} %   {loss}   {tqdm.format_interval(left)} left")
+            say(f"{where}   {epoch}, {100 * seen / self.rows:.0f} % of it   {loss}   {tqdm.format_interval(left)} left")
 
     def log_epoch(self, round, *, epoch, **values):
         """Note an epoch (counted from 0)."""
