@@ -61,11 +61,12 @@ def test_closed_output_does_not_end_the_run(workspace):
     assert (done.returncode, done.stderr) == (0, "") and (workspace / "runs/a/result.json").exists()
 
 
-def test_an_ignored_signal_stays_ignored(monkeypatch):
+def test_an_ignored_signal_stays_ignored():
     """A shell has background jobs ignore Ctrl-C, which is meant for the one in front."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         assert guard("x", lambda: os.kill(os.getpid(), signal.SIGINT)) == 0
+        assert guard("x", lambda: os.kill(os.getpid(), signal.SIGTERM)) == 128 + signal.SIGTERM
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)

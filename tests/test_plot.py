@@ -213,7 +213,8 @@ def write_points(file, *rows, head="", end=""):
 
 def test_points_may_have_empty_cells_blank_lines_and_a_byte_order_mark(tmp_path):
     empty = dict.fromkeys(("sd", "low", "high", "rows_trained", "parameters", "stored_rows"), "")
-    file = write_points(tmp_path / "a.csv", {"low": "-0.1", "high": "1.2"}, empty, head="\ufeff", end="\n\n")
+    rows = [{"low": "-0.1", "high": "1.2"}, empty | {"mean": "0.0"}]
+    file = write_points(tmp_path / "a.csv", *rows, head="\ufeff", end="\n\n")
     points = read_points([file])
     assert points["low"].tolist()[0] == -0.1 and points["epochs"].tolist() == [5, 5]
     assert points[list(empty)].iloc[1].isna().all() and points["hardware"].tolist() == ["a, b"] * 2
@@ -221,12 +222,12 @@ def test_points_may_have_empty_cells_blank_lines_and_a_byte_order_mark(tmp_path)
 
 @pytest.mark.parametrize(("cells", "message"), [
     ({"rows_trained": "594,150"}, "rows_trained must be a number of 0 or more, or empty, such as 0.73 or"),
-    ({"mean": "0,73"}, "mean must be a number above 0"), ({"mean": ""}, "mean must be a number above 0"),
+    ({"mean": "0,73"}, "mean must be a share in [0, 1]"), ({"mean": ""}, "mean must be a share in [0, 1]"),
     ({"n": "0"}, "n must be a number above 0"), ({"operations": "nan"}, "operations must be a number above 0"),
     ({"sd": "-0.1"}, "sd must be a number of 0 or more"), ({"stored_rows": "inf"}, "stored_rows must be a number of 0"),
     ({"low": "x"}, "low must be a number, or empty"), ({"high": "-inf"}, "high must be a number, or empty"),
     ({"parameters": "1_000"}, "parameters must be a number of 0"),
-    ({"mean": "73", "low": "70", "high": "76"}, "mean must be in [0, 1], not 73: accuracies are shares, not per cent"),
+    ({"mean": "73", "low": "70", "high": "76"}, "mean must be a share in [0, 1] and not per cent, such as"),
     ({"low": "0.74"}, "mean 0.73 must lie from low to high, not 0.74 to 0.76"),
     ({"high": ""}, "mean 0.73 must lie from low to high, not 0.7 to empty"),
 ])  # fmt: skip

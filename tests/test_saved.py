@@ -129,6 +129,14 @@ def test_a_learner_that_is_lost_is_named(saved, lost, rest):
         Zoo.load(saved, "cpu")
 
 
+def test_a_lost_learner_that_others_inherited_from_is_not_told_to_be_trained_again(workspace):
+    """It would need the network before it, which is kept of the last one alone."""
+    start(workspace, "a", "--continual", "--inherit")
+    learner_path(workspace / "runs/a", 1).unlink()
+    with pytest.raises(ConfigError, match="001.pt: missing, though the run went on; put it back, or train all again"):
+        Zoo.load(workspace / "runs/a", "cpu")
+
+
 @pytest.mark.parametrize(("images", "task", "message"), [
     (np.zeros((2, 24, 25), "uint8"), 0, r"images must be uint8 \[N, 24, 24, 1\] or \[N, 24, 24\], as"),
     (np.zeros((2, 24, 24)), 0, "must be uint8"),

@@ -192,6 +192,9 @@ def test_a_device_is_not_replaced_and_a_link_stays_one(tmp_path):
     with pytest.raises(RunError, match="device: cannot be written .it is there and no file."):
         write_file(tmp_path / "device", b"x")
     assert not (tmp_path / "device").is_file()
+    (tmp_path / "output").symlink_to("device")  # as /dev/stdout is one, to a pipe
+    with pytest.raises(RunError, match="output: cannot be written .it is there and no file."):
+        write_file(tmp_path / "output", b"x")
     (tmp_path / "link").symlink_to("file")
     for data in (b"x", b"y"):
         write_file(tmp_path / "link", data)

@@ -88,8 +88,9 @@ def choose(kind, groups):
     chosen, skipped = [], []
     for group in groups:
         run = group.runs[0]
-        if not all(map(fits, group.runs)):
-            skipped.append(f"{group.label}: this kind of run has no place in the figure {kind}")
+        unfit = next((other for other in group.runs if not fits(other)), None)
+        if unfit:
+            skipped.append(f"{group.label}: this kind of run has no place in the figure {kind} ({unfit.path})")
         elif kind == "joint" and not all(_nested(run, other.runs[0]) for other in chosen):
             skipped.append(f"{group.label}: its tasks and those of {', '.join(g.label for g in chosen)} do not begin "
                            "alike, or settings differ")  # fmt: skip

@@ -12,7 +12,7 @@ from utils.config_files import ConfigError
 # A point's columns. Accuracies are in [0, 1].
 NUMBERS = ["epochs", "n", "mean", "sd", "low", "high", "rows_trained", "operations", "parameters", "stored_rows"]
 TEXTS = ["method", "tasks", "model", "samples", "commit", "hardware", "torch"]
-NEEDED = ("epochs", "n", "mean", "operations")  # never empty or 0: every point has a place
+NEEDED = ("epochs", "n", "operations")  # never empty or 0: every point has a place
 
 
 def list_points(groups):
@@ -98,13 +98,13 @@ def _find_problem(row, point):
         right = row[key] == "" or 0 <= x < math.inf
         if key in NEEDED:
             right, what = 0 < x < math.inf, "a number above 0"
+        elif key == "mean":
+            right, what = 0 <= x <= 1, "a share in [0, 1] and not per cent"
         elif key in ("low", "high"):  # an interval may pass 0 and 1
             right, what = row[key] == "" or abs(x) < math.inf, "a number, or empty"
         if not right:
             return f"{key} must be {what}, such as 0.73 or 594150, not {reprlib.repr(row[key])}"
     low, mean, high = (point[key] for key in ("low", "mean", "high"))
-    if mean > 1:
-        return f"mean must be in [0, 1], not {row['mean']}: accuracies are shares, not per cent"
     if (row["low"] or row["high"]) and not low <= mean <= high:
         return f"mean {row['mean']} must lie from low to high, not {row['low'] or 'empty'} to {row['high'] or 'empty'}"
     return None

@@ -15,8 +15,9 @@ class Stopped(BaseException):
 
 
 def _stop(number, _):
-    for signal_number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signal_number, signal.SIG_DFL)  # a second one ends the process whatever it does
+    for other in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(other) == _stop:
+            signal.signal(other, signal.SIG_DFL)  # a second one ends the process whatever it does
     raise Stopped(number)
 
 

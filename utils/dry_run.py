@@ -42,9 +42,14 @@ def estimate(settings, device, precision, train, test, plan, copied=0):
     per_row = time_prediction(net, precision, train)
 
     rows_per_task = (len(train.labels) + len(test.labels)) / len(train.classes)
-    # After training come batch norm's statistics, which cost what predicting as many rows does, and the predictions.
-    seconds = [epochs * (rows // batch * step.get(batch, 0) + (step[rows % batch] if rows % batch else 0))
-               + (min(rows, NORM_BATCHES * batch) + n * rows_per_task) * per_row for n, rows in plan]  # fmt: skip
+    # After training, and before each validation, come batch norm's statistics, which cost what predicting as many rows
+    # does; then the predictions.
+    renewals = epochs if settings.val_frac else 1
+    seconds = []
+    for n, rows in plan:
+        training = epochs * (rows // batch * step.get(batch, 0) + (step[rows % batch] if rows % batch else 0))
+        predicted = renewals * min(rows, NORM_BATCHES * batch) + n * rows_per_task
+        seconds.append(training + predicted * per_row)
     left = plan[there:]
     steps = epochs * sum(-(-rows // batch) for _, rows in left)
     in_all = clock(sum(seconds[there:])) + " in all" + " that is left" * bool(there)

@@ -188,7 +188,9 @@ def load_run(folder, device):
             path = learner_path(Path(folder), k)
             if not path.exists() and learners:
                 if (Path(folder) / "result.json").exists() or learner_path(Path(folder), k + 1).exists():
-                    raise ConfigError(f"{path}: missing, though the run went on; --resume trains it again")
+                    gone = settings["inherit"] and not settings["save_nets"]  # the network that it began with
+                    way = "put it back, or train all again" if gone else "--resume trains it again"
+                    raise ConfigError(f"{path}: missing, though the run went on; {way}")
                 break  # the run is not finished
             learner = make_learner(load_tensors(path, "cpu"), device)
             if [tuple(x.shape) for x in learner.test_logits] != [shapes[t] for t in learner.tasks]:

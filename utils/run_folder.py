@@ -55,8 +55,8 @@ def write_file(path, data):
     Raises:
         RunError: the disk is full, the folder read-only or gone, or `path` a device, which the rename would replace.
     """
-    path = Path(os.path.realpath(path))
-    part = path.with_name(f".{path.name}.part")
+    real = Path(os.path.realpath(path))
+    part = real.with_name(f".{real.name}.part")
     try:
         if path.exists() and not path.is_file():
             raise OSError(errno.EINVAL, "it is there and no file")
@@ -65,14 +65,14 @@ def write_file(path, data):
             file.flush()
             with passing_over("flushing files to disk", "after a power cut the last ones may be damaged"):
                 os.fsync(file.fileno())
-        os.replace(part, path)
+        os.replace(part, real)
     except OSError as e:
         with contextlib.suppress(OSError):
             part.unlink()
         raise RunError(f"{path}: cannot be written ({e.strerror}); what was written before it is safe") from e
     # The new name itself. The file is whole, and a name that a power cut takes back is at worst a learner's.
     with contextlib.suppress(OSError):
-        folder = os.open(path.parent, os.O_RDONLY)
+        folder = os.open(real.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
