@@ -257,7 +257,7 @@ def decode_image(file, shape):
     """`load_image` for a thread of `read_all`: Pillow's warnings are left alone, for they are one matter of all."""
     channels, height, width = shape
     try:
-        with contextlib.nullcontext(file) if isinstance(file, Image.Image) else Image.open(file) as image:
+        with contextlib.nullcontext(file) if isinstance(file, Image.Image) else _open_image(file) as image:
             image.load()
             image = _as_shown(image).convert("RGB" if channels == 3 else "L")
         image = image.resize((width, height), Image.Resampling.BILINEAR)
@@ -272,10 +272,16 @@ def decode_image(file, shape):
 def is_image(file):
     """Whether a file looks like an image of a kind that Pillow reads, whatever its name ends in."""
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(file):
+        with warnings.catch_warnings(action="ignore"), _open_image(file):
             return True
     except Exception:  # see `load_image`
         return False
+
+
+def _open_image(file):
+    if isinstance(file, str | os.PathLike) and not os.path.isfile(file) and os.path.exists(file):
+        raise ValueError("it is no file")  # whoever opens a pipe may wait for ever
+    return Image.open(file)
 
 
 def _as_shown(image):

@@ -229,8 +229,7 @@ def _image_files(folder, passed_over):
     readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     found = []
     for file in _files(folder):
-        pipe = not os.path.isfile(file) and os.path.exists(file)  # or a device: whoever opens it may wait for ever
-        if not pipe and (os.path.splitext(file)[1].lower() in readable | {".heic", ".heif"} or is_image(file)):
+        if os.path.splitext(file)[1].lower() in readable | {".heic", ".heif"} or is_image(file):
             found.append(file)
         else:
             passed_over.append(file)

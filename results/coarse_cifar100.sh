@@ -23,10 +23,11 @@ ensembles() {
   done
 }
 
-parts=(${PARTS:-small draw conv5 conv20 why multitask})
+known="small draw conv5 conv20 why multitask"
+parts=(${PARTS:-$known})
 for part in "${parts[@]}"; do
-  if [[ ! $part =~ ^(small|draw|conv5|conv20|why|multitask)$ ]]; then
-    echo "coarse_cifar100.sh: PARTS: $part is not one of small, draw, conv5, conv20, why, multitask" >&2
+  if [[ " $known " != *" $part "* ]]; then
+    echo "coarse_cifar100.sh: PARTS: $part is not one of ${known// /, }" >&2
     exit 2
   fi
 done

@@ -235,12 +235,14 @@ def test_a_folder_that_cannot_be_read_is_named(folder, monkeypatch):
         build(folder, [("left", "right")])
 
 
-@pytest.mark.parametrize("name", ["pipe.png", "pipe"])
-def test_a_pipe_among_the_images_is_passed_over(folder, capsys, name):
+def test_a_pipe_among_the_images_is_not_waited_for(folder, capsys):
     """Found by review: the run waited for ever for somebody to write into it."""
-    os.mkfifo(folder / "data/train/left" / name)
+    os.mkfifo(folder / "data/train/left/pipe")
     train, _ = build(folder, [("left", "right")])
     assert len(train.labels) == 24 and "1 files that are no images were passed over" in capsys.readouterr().err
+    os.mkfifo(folder / "data/train/left/pipe.png")
+    with pytest.raises(DataError, match="pipe.png: not a readable image .it is no file."):
+        build(folder, [("left", "right")])
 
 
 @pytest.mark.parametrize("name", ["val", "valid"])

@@ -221,13 +221,13 @@ def test_points_may_have_empty_cells_blank_lines_and_a_byte_order_mark(tmp_path)
 
 
 @pytest.mark.parametrize(("cells", "message"), [
-    ({"rows_trained": "594,150"}, "rows_trained must be a number of 0 or more, or empty, such as 0.73 or"),
+    ({"rows_trained": "594,150"}, "rows_trained must be a number of 0 or more, such as 594150, or empty; not"),
     ({"mean": "0,73"}, "mean must be a share in [0, 1]"), ({"mean": ""}, "mean must be a share in [0, 1]"),
     ({"n": "0"}, "n must be a number above 0"), ({"operations": "nan"}, "operations must be a number above 0"),
     ({"sd": "-0.1"}, "sd must be a number of 0 or more"), ({"stored_rows": "inf"}, "stored_rows must be a number of 0"),
-    ({"low": "x"}, "low must be a number, or empty"), ({"high": "-inf"}, "high must be a number, or empty"),
+    ({"low": "x"}, "low must be a number, such as 0.73"), ({"high": "-inf"}, "high must be a number, such as"),
     ({"parameters": "1_000"}, "parameters must be a number of 0"),
-    ({"mean": "73", "low": "70", "high": "76"}, "mean must be a share in [0, 1] and not per cent, such as"),
+    ({"mean": "73", "low": "70", "high": "76"}, "mean must be a share in [0, 1], such as 0.73, and not per cent; not"),
     ({"low": "0.74"}, "mean 0.73 must lie from low to high, not 0.74 to 0.76"),
     ({"high": ""}, "mean 0.73 must lie from low to high, not 0.7 to empty"),
 ])  # fmt: skip

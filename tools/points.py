@@ -94,16 +94,16 @@ def _read_rows(path):
 def _find_problem(row, point):
     """What is wrong with the numbers of a point, read from the texts in `row`; None where nothing is."""
     for key in NUMBERS:
-        x, what = point[key], "a number of 0 or more, or empty"
+        x, what = point[key], "a number of 0 or more, such as 594150, or empty"
         right = row[key] == "" or 0 <= x < math.inf
         if key in NEEDED:
-            right, what = 0 < x < math.inf, "a number above 0"
+            right, what = 0 < x < math.inf, "a number above 0, such as 594150"
         elif key == "mean":
-            right, what = 0 <= x <= 1, "a share in [0, 1] and not per cent"
+            right, what = 0 <= x <= 1, "a share in [0, 1], such as 0.73, and not per cent"
         elif key in ("low", "high"):  # an interval may pass 0 and 1
-            right, what = row[key] == "" or abs(x) < math.inf, "a number, or empty"
+            right, what = row[key] == "" or abs(x) < math.inf, "a number, such as 0.73, or empty"
         if not right:
-            return f"{key} must be {what}, such as 0.73 or 594150, not {reprlib.repr(row[key])}"
+            return f"{key} must be {what}; not {reprlib.repr(row[key])}"
     low, mean, high = (point[key] for key in ("low", "mean", "high"))
     if (row["low"] or row["high"]) and not low <= mean <= high:
         return f"mean {row['mean']} must lie from low to high, not {row['low'] or 'empty'} to {row['high'] or 'empty'}"
