@@ -202,7 +202,7 @@ def run(settings, loaded=None):
     if settings.dry_run:
         return estimate(settings, device, precision, train, test, plan)
     with open_run(settings, device, precision, train, test, plan) as (folder, log):
-        frozen = 0
+        data, frozen = train, 0  # the images; with `freeze` the learner trains on their features
         if settings.freeze:
             train, test, val, frozen = freeze_backbone(settings, precision, folder, train, test, val)
         learner = train_or_load(settings, precision, train, test, tasks, rows, rows, 0, folder, log, val)
@@ -213,7 +213,7 @@ def run(settings, loaded=None):
         rounds = [{"tasks": tasks, "weights": [], "train_loss": loss, "seconds": learner.seconds}]
         cost = {key: getattr(learner, key) for key in COST} | {"stored_rows": len(train.labels)}
         cost["parameters"] += frozen
-        return finish(settings, device, precision, train, [accuracy], rounds, cost)
+        return finish(settings, device, precision, data, [accuracy], rounds, cost)
 
 
 if __name__ == "__main__":

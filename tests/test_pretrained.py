@@ -15,6 +15,7 @@ from net.build_net import build_net, read_model
 from tests.conftest import CONV, flags, make_arrays, write_yaml
 from tests.test_runs import numbers, start
 from tools import export
+from tools.runs import read_run
 from utils.command import command, guard
 from utils.config import read_settings
 from utils.learner import learner_path, load_net
@@ -104,6 +105,7 @@ def test_frozen_runs_resume_and_their_opening_line_says_so(pretrained, capsys, m
     whole = start(pretrained, "a", *more, method=method)
     out = " ".join(capsys.readouterr().out.split())
     assert "heads alone, on features of conv from mine.pt, images not augmented" in out
+    assert whole["image_shape"] == [1, 24, 24] and read_run(pretrained / "runs/a").image_shape == (1, 24, 24)
     (pretrained / "runs/a/result.json").unlink()
     learner_path(pretrained / "runs/a", len(whole["rounds"]) - 1).unlink()
     assert numbers(start(pretrained, "a", *more, "--resume", method=method)) == numbers(whole)
