@@ -20,7 +20,7 @@ for name in ("datasets", "net", "utils"):
     found = Path(spec.origin).resolve() if spec and spec.origin else None
     if found != ROOT / name / "__init__.py":
         line = (f"{found or name} is imported in place of {ROOT / name}: rename it, or put {ROOT} first on Python's "
-                "path (sys.path, PYTHONPATH)")  # fmt: skip
+                "path (sys.path, PYTHONPATH)")
         script = Path(getattr(sys.modules["__main__"], "__file__", None) or ".").resolve()
         if ROOT in script.parents and script.parent.name != "tests":
             print(f"{script.name}: {line}", file=sys.stderr)

@@ -118,11 +118,11 @@ def make_tuner(settings, search, folder, resources, slots, fit, held_out):
         metric="score", mode="max", search_alg=sampler, scheduler=scheduler, num_samples=search.num_samples,
         max_concurrent_trials=min(search.max_concurrent or slots, search.num_samples), trial_dirname_creator=trial_name,
         trial_name_creator=trial_name, reuse_actors=True,  # a new process takes seconds to import torch
-    )  # fmt: skip
+    )
     run_config = tune.RunConfig(
         name="trials", storage_path=str(folder.resolve()), verbose=int(sys.stdout.isatty()),
         failure_config=tune.FailureConfig(max_failures=3),  # a lost node's trials start again on another
-    )  # fmt: skip
+    )
     return tune.Tuner(trainable, tune_config=tune_config, run_config=run_config, param_space=space)
 
 
@@ -154,9 +154,9 @@ def rank(results, length):
             "trial": found.get("trial_id", ""), "score": found.get("score", 0.0),
             "length": found.get("training_iteration", 0), "seconds": found.get("time_total_s", 0.0), **result.config,
             "note": found.get("note") or " ".join(error.split())[-200:],
-        })  # fmt: skip
+        })
     return sorted(rows, key=lambda row: (not row["note"], row["length"] == length, row["score"], row["trial"]),
-                  reverse=True)  # fmt: skip
+                  reverse=True)
 
 
 def write_trials(path, rows):
@@ -182,7 +182,7 @@ def print_trials(rows, settings, search):
     print_table(["trial", "score %", unit, *search.space, "seconds", "note"], [
         [row["trial"], f"{100 * row['score']:.2f}", str(row["length"]), *(f"{row[key]:.3g}" for key in search.space),
          f"{row['seconds']:.1f}", row["note"]] for row in rows
-    ])  # fmt: skip
+    ])
 
 
 def run(settings, search, argv):
@@ -229,7 +229,7 @@ def run(settings, search, argv):
             f"Score: {100 * best['score']:.2f} % on {held} (median of {len(rows)} trials: {100 * median:.2f} %)",
             f"Data: {settings.data_config}, {len(fit.labels)} rows to train on, {len(held_out.labels)} held out",
             f"Date: {datetime.now(UTC):%Y-%m-%d}, in {sum(row['seconds'] for row in rows):.0f} s of trials",
-        ])  # fmt: skip
+        ])
         say(f"{'best score':>18}  {100 * best['score']:.2f} % on {held}")
         say(f"{'median trial':>18}  {100 * median:.2f} %")
         for key, value in (*chosen.items(), ("settings", best_path), ("trials", folder / "trials.csv")):

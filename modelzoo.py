@@ -115,7 +115,7 @@ class Zoo:
         settings, labels, learners, nets = load_run(folder, choose_device(device))
         n = len(labels)
         zoo = cls([], labels, [len(task) for task in settings["tasks"]][:n], settings["replay_frac"],
-                  settings["weigh_by_round"])  # fmt: skip
+                  settings["weigh_by_round"])
         zoo.class_names = settings["class_names"]
         zoo.names = task_names(settings["tasks"], settings["names"], zoo.class_names)[:n]
         for learner in learners:
@@ -241,7 +241,7 @@ def grow_zoo(settings, precision, train, test, folder, log, old=(), val=None):
     if settings.freeze:
         train, test, val, frozen = freeze_backbone(settings, precision, folder, train, test, val)
     zoo = Zoo([train.labels[rows] for rows in looked_at], [test.labels[test.rows(t)] for t in range(num_tasks)],
-              train.classes[:num_tasks], r, settings.weigh_by_round)  # fmt: skip
+              train.classes[:num_tasks], r, settings.weigh_by_round)
 
     def train_rows(k, tasks, t):
         """The rows of task t that the learner of round k trains on: all of a new task, the kept ones of a past task."""
@@ -253,19 +253,19 @@ def grow_zoo(settings, precision, train, test, folder, log, old=(), val=None):
             tasks, weights = list(range(num_tasks)), []
         else:
             tasks, weights = choose_tasks(zoo, k, continual, settings.tasks_per_round, settings.naive,
-                                          make_generator(seed, k, "draw"))  # fmt: skip
+                                          make_generator(seed, k, "draw"))
             tasks = list(old[k]) if k < len(old) else tasks  # a draw on another machine may have gone otherwise
         learner = train_or_load(settings, precision, train, test, tasks, [train_rows(k, tasks, t) for t in tasks],
-                                [looked_at[t] for t in tasks], k, folder, log, val)  # fmt: skip
+                                [looked_at[t] for t in tasks], k, folder, log, val)
         zoo.add(learner)
         seen = k + 1 if continual else num_tasks
         unseen = [None] * (num_tasks - seen)
         if k != WARM:
             matrix.append(zoo.accuracy[:seen] + unseen)
             rounds.append({"tasks": tasks, "weights": weights, "train_loss": zoo.loss[:seen] + unseen,
-                           "seconds": learner.seconds})  # fmt: skip
+                           "seconds": learner.seconds})
         log.log_round(k, tasks=tasks, accuracy=zoo.accuracy[:seen], seconds=learner.seconds,
-                      known=[t for t in range(seen) if zoo.weights[t]])  # fmt: skip
+                      known=[t for t in range(seen) if zoo.weights[t]])
     cost = {key: sum(getattr(learner, key) for learner in zoo.learners) for key in COST}
     cost["parameters"] += frozen
     return matrix, rounds, cost | {"stored_rows": (not continual or settings.tasks_per_round > 1) * sum(map(len, kept))}

@@ -32,7 +32,7 @@ from utils.run_net import BadSnapshot, derive_seed, make_generator, predict_logi
 
 # What of the settings goes to `train_net` as it is.
 RECIPE = ("epochs", "batch", "lr", "l2_reg", "schedule", "augment", "optimiser", "momentum", "warmup", "lr_min",
-          "clip_norm", "label_smoothing", "best_epoch", "capture")  # fmt: skip
+          "clip_norm", "label_smoothing", "best_epoch", "capture")
 CHECKPOINT_SECONDS = 60  # between two checkpoints of a learner in training, at least
 
 
@@ -74,7 +74,7 @@ def train_epochs(settings, precision, train, tasks, rows, round, start=None, wat
         weights=balance(heads, train.labels[rows]) if settings.class_weights else None, start=start, watch=watch,
         validate=val and (lambda: validate(net, val, tasks, precision, 2 * settings.batch)),
         **{key: getattr(settings, key) for key in RECIPE},
-    )  # fmt: skip
+    )
     for values, snapshot in epochs:
         where = f"round {round + 1}, epoch {values['epoch'] + 1}"
         require_finite(values["train_loss"], f"{where}: the training loss", values["lr"], precision)
@@ -111,11 +111,11 @@ def require_finite(value, what, lr, precision):
     """
     if not math.isfinite(value):
         raise RunError(f"{what} is {value} at learning rate {lr:.3g}; the learners before this one are safe; "
-                       f"try a lower lr{' or --precision fp32' * (precision != 'fp32')}")  # fmt: skip
+                       f"try a lower lr{' or --precision fp32' * (precision != 'fp32')}")
 
 
 def train_learner(settings, precision, train, test, tasks, rows, seen, round, log, checkpoint=None, backbone=None,
-                  val=None):  # fmt: skip
+                  val=None):
     """Train a learner and evaluate it.
 
     Args:

@@ -5,7 +5,7 @@ from datasets.npz import load_or_download
 
 CIFAR10 = [  # by label
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
-]  # fmt: skip
+]
 CIFAR100 = [  # by label
     "apple", "aquarium_fish", "baby", "bear", "beaver", "bed", "bee", "beetle", "bicycle", "bottle", "bowl", "boy",
     "bridge", "bus", "butterfly", "camel", "can", "castle", "caterpillar", "cattle", "chair", "chimpanzee", "clock",
@@ -17,7 +17,7 @@ CIFAR100 = [  # by label
     "skyscraper", "snail", "snake", "spider", "squirrel", "streetcar", "sunflower", "sweet_pepper", "table", "tank",
     "telephone", "television", "tiger", "tractor", "train", "trout", "tulip", "turtle", "wardrobe", "whale",
     "willow_tree", "wolf", "woman", "worm",
-]  # fmt: skip
+]
 NOISY = 100  # CIFAR-100's label + NOISY: the same class, whose training labels are to be randomised
 
 

@@ -35,7 +35,7 @@ class TaskData:
     """The rows of all tasks, of one split (train or test), on one device; images too many for it stay on the host.
 
     Attributes:
-        images: [N, C, H, W] uint8, sorted by task.
+        images: [N, C, H, W] uint8, sorted by task; with a frozen backbone its features, [N, D] float32.
         labels: [N] int64, a row's class within its task, 0 .. classes[t] - 1.
         starts: [T + 1], task t is rows starts[t] .. starts[t + 1] - 1.
         classes: [T], how many classes each task has.
@@ -63,7 +63,7 @@ class TaskData:
         """The data of the first n tasks alone."""
         end = self.starts[n]
         return replace(self, images=self.images[:end], labels=self.labels[:end], starts=self.starts[: n + 1],
-                       classes=self.classes[:n], class_names=self.class_names[:n])  # fmt: skip
+                       classes=self.classes[:n], class_names=self.class_names[:n])
 
     def to(self, device, images=True):
         """The same data on `device`; with `images` false they stay where they are."""
@@ -113,7 +113,7 @@ def make_tasks(images, labels, tasks, flip, samples=None, noisy_from=None, gener
                 targets.append(torch.full((n,), c))
         starts.append(sum(map(len, rows)))
     return TaskData(images[torch.cat(rows)], torch.cat(targets), tuple(starts), tuple(map(len, tasks)), flip,
-                    tuple(tuple(map(name, task)) for task in tasks))  # fmt: skip
+                    tuple(tuple(map(name, task)) for task in tasks))
 
 
 def sample_replay(train, t, replay_frac, generator):
@@ -221,7 +221,7 @@ def _make_images(images, shape):
         return torch.tensor(load_image(images, shape)).permute(2, 0, 1)[None]
     if not isinstance(images, (np.ndarray, torch.Tensor)):
         raise DataError(f"images must be an array, a tensor, an image, a file or a list of these, not of type "
-                        f"{type(images).__name__}")  # fmt: skip
+                        f"{type(images).__name__}")
     found = f"{str(images.dtype).removeprefix('torch.')} {list(images.shape)}"
     single, dims = tuple(images.shape), images.ndim
     if isinstance(images, torch.Tensor):

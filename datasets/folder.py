@@ -59,7 +59,7 @@ def load_image_folder(path, tasks, size, data_dir):
         loaded.append((images, torch.tensor(labels).repeat_interleave(counts)))
     if passed_over:
         print(f"{path}: {len(passed_over)} files that are no images were passed over, such as "
-              f"{ascii(passed_over[0])[1:-1]}", file=sys.stderr)  # fmt: skip
+              f"{ascii(passed_over[0])[1:-1]}", file=sys.stderr)
     return tuple(loaded), indices, names
 
 
@@ -103,7 +103,7 @@ def _find(split, names, label, i):
         if label < len(names):
             return label
     raise DataError(f"{split}: no class {label}, which task {i} (counted from 0) lists; "
-                    f"there are {len(names)}: {', '.join(names)[:200]}")  # fmt: skip
+                    f"there are {len(names)}: {', '.join(names)[:200]}")
 
 
 class FolderImages:
@@ -197,7 +197,7 @@ class FolderImages:
                 with contextlib.suppress(OSError):  # it has its name by now, or never will
                     part.unlink()
         print(f"{self.split}: the decoded images cannot be kept for the next run, in {self.caches[0]} or "
-              f"{self.caches[1]} ({why})", file=sys.stderr)  # fmt: skip
+              f"{self.caches[1]} ({why})", file=sys.stderr)
 
 
 def _key(split, name):
@@ -253,7 +253,7 @@ def _files(folder):
         place = os.path.realpath(root)
         if place in places:
             raise DataError(f"{root}: the same folder as {places[place]}, whose images would count twice; "
-                            "take the link out")  # fmt: skip
+                            "take the link out")
         places[place] = root
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [os.path.join(root, name) for name in files if not name.startswith(".")]

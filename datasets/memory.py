@@ -36,7 +36,7 @@ def allocate(shape, what, folder):
             with contextlib.suppress(OSError, OverflowError):
                 images = _map(shape, place)
                 print(f"{text}, and {free / 1e9:.1f} GB of memory are free: kept in a file below {place} while the "
-                      "run lasts", file=sys.stderr)  # fmt: skip
+                      "run lasts", file=sys.stderr)
                 return images
     try:
         return torch.empty(shape, dtype=torch.uint8)
@@ -73,7 +73,7 @@ def free_memory():
 def _free_in_group(group):
     """Bytes that a control group (of version 2 or 1) may still take, its cached files not counted as taken."""
     for limit, used, prefix in (("memory.max", "memory.current", ""),
-                                ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")):  # fmt: skip
+                                ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")):
         with contextlib.suppress(OSError, ValueError, KeyError):  # not there, or "max"
             table = _read_table(group / "memory.stat")
             cached = sum(int(table[f"{prefix}{kind}_file"]) for kind in ("active", "inactive"))

@@ -34,7 +34,7 @@ class NpzImages:
         with _open_array(path, key) as (shape, dtype, fortran, _):
             if dtype != np.uint8 or len(shape) not in (3, 4) or shape[3:] not in ((), (1,), (3,)):
                 raise DataError(f"{path}: {key} must be uint8 [N, H, W] or [N, H, W, 1 or 3], "
-                                f"not {dtype} {list(shape)}")  # fmt: skip
+                                f"not {dtype} {list(shape)}")
         self.fortran = fortran
         self.shape = (shape[0], (*shape, 1)[3], *shape[1:3])
 
@@ -153,12 +153,12 @@ def _check_labels(path, split, n, labels, num_labels):
     labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
     if labels.dtype.kind not in "iu" or labels.shape != (n,):
         raise DataError(f"{path}: {split}_labels must be whole numbers [{n}] like {split}_images, "
-                        f"not {labels.dtype} {list(labels.shape)}")  # fmt: skip
+                        f"not {labels.dtype} {list(labels.shape)}")
     if len(labels) == 0:
         raise DataError(f"{path}: {split}_images holds no rows")
     if labels.min() < 0 or labels.max() >= (num_labels or 2**31):
         raise DataError(f"{path}: {split}_labels must lie in 0 .. {(num_labels or 2**31) - 1}, "
-                        f"not {labels.min()} .. {labels.max()}")  # fmt: skip
+                        f"not {labels.min()} .. {labels.max()}")
     return torch.from_numpy(labels.astype(np.int64))
 
 

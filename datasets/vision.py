@@ -21,7 +21,7 @@ TEST = {"CLEVRClassification": "val", "ImageNet": "val", "Imagenette": "val", "P
 UNLABELLED = ("CelebA", "Cityscapes", "Kitti", "LFWPairs", "WIDERFace")
 # Keywords that are no setting of the data, or (QMNIST's) choose training and test rows past `train`.
 OURS = ("self", "root", "download", "transform", "target_transform", "transforms", "loader", "is_valid_file",
-        "allow_empty", "what", "compat")  # fmt: skip
+        "allow_empty", "what", "compat")
 
 
 def load_vision(keywords, data_dir, size=None):
@@ -63,7 +63,7 @@ def load_vision(keywords, data_dir, size=None):
     if leave_cache(cache, arrays):
         return load_npz(cache), names
     splits = [[torch.from_numpy(arrays[f"{split}_{what}"]) for what in ("images", "labels")]
-              for split in ("train", "test")]  # fmt: skip
+              for split in ("train", "test")]
     return tuple((images.permute(0, 3, 1, 2).contiguous(), labels) for images, labels in splits), names
 
 
@@ -74,7 +74,7 @@ def find_class(name, found):
         lower = {key.lower(): key for key in found}
         near = difflib.get_close_matches(name.lower(), lower, 1)
         raise DataError(f"name: torchvision.datasets has no class {name}"
-                        + "".join(f"; did you mean {lower[word]}?" for word in near))  # fmt: skip
+                        + "".join(f"; did you mean {lower[word]}?" for word in near))
     if name in UNLABELLED or "target_transform" not in parameters(found[name]):
         raise DataError(f"name: torchvision's {name} does not give one label per image, which tasks are made of")
     return found[name]
@@ -116,7 +116,7 @@ def split_keywords(make):
         key, chosen = "version", ("2021_train", "2021_valid")
     else:
         raise DataError(f"name: torchvision's {name} has no test rows of its own; write yours as an npz file or as "
-                        "folders of images")  # fmt: skip
+                        "folders of images")
     del others[key]
     return tuple({key: value} for value in chosen), others
 
@@ -206,7 +206,7 @@ def read_rows(name, rows, data_dir, size=None, shape=None):
             raise DataError(f"{name}: row {i} (counted from 0) is not an image with one whole number as its label")
         if size is None and (image.height, image.width) != (h, w):
             raise DataError(f"{name}: its images differ in size ({w} x {h}, {image.width} x {image.height}): "
-                            "write size: 64, or another side in pixels, into the dataset file")  # fmt: skip
+                            "write size: 64, or another side in pixels, into the dataset file")
         images[i], labels[i] = decode_image(image, (c, h, w)), label
 
     read_all(read, len(rows), name)

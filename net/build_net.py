@@ -120,7 +120,7 @@ def read_model(text):
         return "torchvision", name, weights and find_weights(name, weights).name
     near = "".join(f"; did you mean {name}?" for name in difflib.get_close_matches(text, names, 1))
     raise ValueError(f"{reprlib.repr(text)} is not one of conv, conv_<channels>, wrn<depth>_<widen> (depth 10, 16, 22, "
-                     f"28, ...), nor of torchvision's classifiers (resnet18, ...){near}")  # fmt: skip
+                     f"28, ...), nor of torchvision's classifiers (resnet18, ...){near}")
 
 
 def weights_of(text):

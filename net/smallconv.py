@@ -30,7 +30,7 @@ class SmallConv(nn.Module):
             nn.Conv2d(channels, channels, 3), nn.BatchNorm2d(channels), nn.MaxPool2d(pool), nn.ReLU(),
             nn.Conv2d(channels, channels, 3), nn.BatchNorm2d(channels), nn.MaxPool2d(pool), nn.ReLU(),
             nn.Flatten(),
-        )  # fmt: skip
+        )
 
     def forward(self, x):
         return self.layers(x)

@@ -54,7 +54,7 @@ def find_weights(name, weights):
     if weights not in known.__members__:
         near = "".join(f"; did you mean {x}?" for x in difflib.get_close_matches(weights.upper(), known.__members__, 1))
         raise ValueError(f"{name} has no weights {weights!r:.40} in torchvision, but {', '.join(known.__members__)}"
-                         f"{near}")  # fmt: skip
+                         f"{near}")
     return known[weights]
 
 
@@ -129,7 +129,7 @@ class VisionNet(nn.Module):
             found = self(torch.zeros(1, channels, height, width)).shape
         except (RuntimeError, ValueError, AssertionError) as e:
             raise ValueError(f"model {name} cannot take images of {height} x {width} pixels "
-                             f"({' '.join(str(e).split())[:120]})") from e  # fmt: skip
+                             f"({' '.join(str(e).split())[:120]})") from e
         self.train()
         if found != (1, self.features):
             raise ValueError(f"model {name} gives {list(found[1:])} features on images of {height} x {width} pixels")

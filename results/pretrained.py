@@ -8,13 +8,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import before_torch  # noqa: E402, F401  # isort: skip
-from PIL import Image  # noqa: E402
+import before_torch  # noqa: F401  # isort: skip
+from PIL import Image
 
-from datasets.cifar import load_cifar100  # noqa: E402
-from utils.command import guard  # noqa: E402
-from utils.config_files import ConfigError  # noqa: E402
-from utils.learner import learner_path  # noqa: E402
+from datasets.cifar import load_cifar100
+from utils.command import guard
+from utils.config_files import ConfigError
+from utils.learner import learner_path
 
 
 def write_folders(data):

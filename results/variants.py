@@ -12,19 +12,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import before_torch  # noqa: E402, F401  # isort: skip
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
+import before_torch  # noqa: F401  # isort: skip
+import numpy as np
+import torch
 
-import modelzoo  # noqa: E402
-import multihead  # noqa: E402
-from datasets.cifar import load_cifar100  # noqa: E402
-from utils.command import command, guard  # noqa: E402
-from utils.config_files import ConfigError  # noqa: E402
-from utils.learner import WARM, learner_path  # noqa: E402
-from utils.log import say  # noqa: E402
-from utils.metrics import accuracy, average_accuracy  # noqa: E402
-from utils.run_folder import load_tensors, write_file  # noqa: E402
+import modelzoo
+import multihead
+from datasets.cifar import load_cifar100
+from utils.command import command, guard
+from utils.config_files import ConfigError
+from utils.learner import WARM, learner_path
+from utils.log import say
+from utils.metrics import accuracy, average_accuracy
+from utils.run_folder import load_tensors, write_file
 
 
 def hold_out(data, new):
@@ -37,7 +37,7 @@ def hold_out(data, new):
     held = place % 5 == 0
     Path(new).mkdir(parents=True, exist_ok=True)
     arrays = {f"{split}_{what}": array[rows] for split, rows in (("train", ~held), ("test", held))
-              for what, array in (("images", images), ("labels", labels))}  # fmt: skip
+              for what, array in (("images", images), ("labels", labels))}
     file = io.BytesIO()
     np.savez(file, **arrays)
     write_file(Path(new) / "cifar100.npz", file.getvalue())
@@ -132,7 +132,7 @@ def compare_members(paths):
             differ = [(a.argmax(1) != b.argmax(1)).double().mean().item() for a, b in combinations(logits, 2)]
             means = zoo.predict_log_probs(t), modelzoo.ensemble_log_probs(logits, weights)
             found.append([*(accuracy(p, y) for p in means), right[-1], sum(right) / len(right),
-                          sum(differ) / len(differ) if differ else None])  # fmt: skip
+                          sum(differ) / len(differ) if differ else None])
         known = [[x for x in column if x is not None] for column in zip(*found, strict=True)]
         columns = [f"{100 * average_accuracy([column]):.2f}" if column else "–" for column in known]
         say(f"| {Path(path).name} | {' | '.join(columns)} |")

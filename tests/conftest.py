@@ -14,7 +14,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 CONV = {"model": "conv", "batch": 8, "lr": 0.01, "l2_reg": 1e-5, "dropout": 0, "epochs": 2, "schedule": "constant",
-        "augment": False}  # fmt: skip
+        "augment": False}
 
 
 def make_arrays(classes=6, train=10, test=5, size=24, channels=1, seed=0):

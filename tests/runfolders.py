@@ -22,17 +22,17 @@ def make_run(folder, rows, seed=0, method="modelzoo", cost=(2.0, 300, 40), about
         "out": "runs", "name": folder.name, "continual": continual, "num_rounds": len(rows),
         "tasks_per_round": 2 if continual else 0, "replay_frac": 1.0, "naive": False, "warm_start": False,
         "resume": False, "save_nets": False,
-    }  # fmt: skip
+    }
     config = defaults | config
     if config["continual"]:
         rows = [[x if t <= k else None for t, x in enumerate(row)] for k, row in enumerate(rows)]
     n = config["tasks_per_round"]
     rounds = [{"tasks": [*range(min(n - 1, k)), k] if config["continual"] else list(range(num_tasks)),
                "weights": [0.5 + t for t in range(k)], "train_loss": [], "seconds": 1.0}
-              for k in range(len(rows))]  # fmt: skip
+              for k in range(len(rows))]
     result = {"method": method, "accuracy_matrix": rows, "accuracy": rows[-1], "rounds": rounds,
               "classes": config["tasks"][:num_tasks], "config": config,
-              **dict(zip(COST, cost, strict=True))}  # fmt: skip
+              **dict(zip(COST, cost, strict=True))}
     folder.mkdir(parents=True)
     (folder / "result.json").write_text(json.dumps(result))
     if about:

@@ -125,7 +125,7 @@ def learn(model, precision, capture="auto", place=lambda images: images, **more)
     generators = {key: torch.Generator().manual_seed(3) for key in ("shuffle", "augment", "dropout")}
     set_dropout_generator(net, generators["dropout"])
     given = {"epochs": 2, "batch": 4, "lr": 1e-3, "l2_reg": 1e-3, "schedule": "cosine", "augment": True, "flip": True,
-             "precision": precision, "generators": generators} | more  # fmt: skip
+             "precision": precision, "generators": generators} | more
     found, snapshots = [], []
     for values, snapshot in train_net(net, images, rows, rows % 2, rows % 2, capture=capture, **given):
         found.append(values | {"logits": run_net.predict_logits(net, images, rows[:5], 0, 3, precision)})
@@ -150,7 +150,7 @@ def assert_same(one, other, **tolerance):
     ("wrn10_1", "fp32", {"warmup": 1.0, "momentum": 0.5, "weights": torch.linspace(0.5, 1.5, 22)}),
     ("mobilenet_v3_small", "fp32", {"lr": 1e-5}),
     ("resnet18", "fp32", {}),
-])  # fmt: skip
+])
 def test_captured_equals_plain_bit_for_bit(graphs, capsys, model, precision, more):
     captured, plain = learn(model, precision, **more), learn(model, precision, "off", **more)
     assert graphs == [10 - capture.WARM_UP]  # replays: of every full step after those that warm up
@@ -295,7 +295,7 @@ def test_a_good_step_is_replayed(graphs, capsys):
 
 @pytest.mark.parametrize("fault", [
     rate_as_a_number, batch_not_copied, waits_for_the_device, sums_made_anew, forgets_its_momentum,
-])  # fmt: skip
+])
 def test_a_planted_fault_is_caught_and_nothing_is_lost(graphs, capsys, fault):
     """One line; and from the first check on every step is a plain one, so that the result is that of plain steps."""
     state, plain = make_state(), make_state()

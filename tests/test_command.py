@@ -75,5 +75,5 @@ def test_an_ignored_signal_stays_ignored():
 def test_output_that_cannot_be_written_is_one_line(workspace):
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, "modelzoo.py", *flags(workspace, "--continual")], cwd=ROOT, stdout=full,
-                              stderr=subprocess.PIPE, text=True)  # fmt: skip
+                              stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2 and "No space left on device" in done.stderr and done.stderr.count("\n") == 1

@@ -62,7 +62,7 @@ def refuse(workspace, capsys, *more, method="modelzoo"):
     ({"epochs": 2.5}, "epochs: 2.5 is not a whole number"),
     ({"schedule": "linear"}, "schedule: 'linear' is not one of cosine, constant"),
     ({"augment": "yes"}, "augment: 'yes' is not true or false"),
-])  # fmt: skip
+])
 def test_hyperparameter_files(workspace, capsys, changes, message):
     values = {k: v for k, v in {**CONV, **changes}.items() if v is not None}
     write_yaml(workspace / "hp.yaml", values)
@@ -102,7 +102,7 @@ def test_hyperparameter_files(workspace, capsys, changes, message):
     ({"dataset": "mnist", "tasks": TASKS, "names": ["a", "b", 3]}, "name 2: 3 is not a text"),
     ({"dataset": "mnist", "tasks": TASKS, "names": ["a", "b", "\x1b[31m"]}, "cannot be printed on one line"),
     ([1, 2], "must hold keys and values"),
-])  # fmt: skip
+])
 def test_dataset_files(workspace, capsys, content, message):
     write_yaml(workspace / "data.yaml", content)
     line = refuse(workspace, capsys)
@@ -118,7 +118,7 @@ def test_dataset_files(workspace, capsys, content, message):
     ("[" * 3000, "not a valid YAML file"),
     ("a: \x00", "not a valid YAML file"),
     ("", "must hold keys and values"),
-])  # fmt: skip
+])
 def test_yaml_that_is_none(workspace, capsys, text, message):
     (workspace / "data.yaml").write_text(text)
     line = refuse(workspace, capsys)
@@ -162,7 +162,7 @@ def test_yaml_that_is_not_text(workspace, capsys):
     (["--continuall"], "unrecognized arguments: --continuall"),
     (["--cont"], "unrecognized arguments: --cont"),
     (["extra"], "unrecognized arguments: extra"),
-])  # fmt: skip
+])
 def test_flags(workspace, capsys, more, message):
     assert message in refuse(workspace, capsys, *more)
 
@@ -174,7 +174,7 @@ def test_flags_of_one_command_are_not_the_others(workspace, capsys):
 def test_required_flags(capsys):
     assert cli.command("modelzoo.py", "modelzoo", modelzoo.run, []) == 2
     assert capsys.readouterr().err == (
-        "modelzoo.py: the following arguments are required: --data_config, --hp_config\n")  # fmt: skip
+        "modelzoo.py: the following arguments are required: --data_config, --hp_config\n")
 
 
 def test_images_too_small_for_the_network(workspace, capsys):
@@ -242,7 +242,7 @@ def test_shipped_files_are_the_contract(tmp_path):
     assert {f.stem for f in CONFIG.glob("dataset/*.yaml")} == {
         "coarse_cifar100", "split_cifar100", "custom_cifar100", "custom1", "custom2", "custom3", "noise1", "noise2",
         "noise3", "split_cifar10", "split_mnist", "rotated_mnist", "rotmnist", "permuted_mnist", "permnist",
-        "split_miniimagenet", "split_digits", "rotated_digits"}  # fmt: skip
+        "split_miniimagenet", "split_digits", "rotated_digits"}
     coarse = read_dataset(CONFIG / "dataset/coarse_cifar100.yaml")
     assert len(coarse["tasks"]) == 20 and coarse["names"][3] == "food containers"
     assert sorted(label for task in coarse["tasks"] for label in task) == list(range(100))
@@ -254,7 +254,7 @@ def test_shipped_files_are_the_contract(tmp_path):
     wrn = {"model": "wrn16_4", "batch": 16, "lr": 0.01, "l2_reg": 1e-5, "dropout": 0.2, "schedule": "cosine"}
     expected = {"wrn": wrn, "default": {**wrn, "epochs": 200}, "conv": {**wrn, "model": "conv"},
                 "small": {"model": "conv", "epochs": 5, "batch": 32, "lr": 0.01, "l2_reg": 1e-5, "dropout": 0,
-                          "schedule": "constant", "augment": False}}  # fmt: skip
+                          "schedule": "constant", "augment": False}}
     for name, values in expected.items():
         found = read_hyperparam(CONFIG / f"hyperparam/{name}.yaml")
         left_out = {key: default for key, (_, default) in OPTIONAL.items()}

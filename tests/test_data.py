@@ -182,7 +182,7 @@ def test_npz_as_medmnist_lays_it_out(tmp_path):
     np.savez(tmp_path / "b.npz", **{k: v[..., 0] if v.ndim == 4 else v for k, v in arrays.items()})
     assert load_npz(tmp_path / "b.npz")[0][0].shape == (60, 1, 24, 24) and load_val(tmp_path / "b.npz") is None
     for images, message in ((arrays["test_images"][:, :20], "train_images and val_images are not of one size"),
-                            (arrays["test_images"][:9], r"val_labels must be whole numbers \[9\]")):  # fmt: skip
+                            (arrays["test_images"][:9], r"val_labels must be whole numbers \[9\]")):
         np.savez(tmp_path / "c.npz", **arrays, val_images=images, val_labels=arrays["test_labels"])
         with pytest.raises(DataError, match=message):
             load_val(tmp_path / "c.npz")
@@ -204,7 +204,7 @@ def damage(**changes):
     (damage(test_images=lambda x: x[:0], test_labels=lambda x: x[:0]), "holds no rows"),
     (damage(test_images=lambda x: x[:, :20]), "not of one size"),
     (damage(test_labels=lambda x: x.astype(object)), "not a whole .npz file"),
-])  # fmt: skip
+])
 def test_npz_of_the_wrong_form_is_refused(tmp_path, arrays, message):
     np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(DataError, match=message):
@@ -267,7 +267,7 @@ class Evil:
     (pickle.dumps({"image_data": np.zeros((4, 84, 84, 3), np.uint8), "class_dict": {}}), "must hold 64 classes"),
     (b"", "not a mini-ImageNet cache"),
     (None, "no such file; fetch"),
-])  # fmt: skip
+])
 def test_bad_cache_is_refused_and_never_run(tmp_path, capsys, content, message):
     write_caches(tmp_path / "mini_imagenet", rows=2)
     file = tmp_path / "mini_imagenet" / "mini-imagenet-cache-train.pkl"
@@ -324,7 +324,7 @@ def test_odd_class_names_stay_on_one_line(folder, capsys):
     write_yaml(folder / "data.yaml", data)
     write_yaml(folder / "hp.yaml", CONV)
     argv = [x for flag, name in (("--data_config", "data.yaml"), ("--hp_config", "hp.yaml"), ("--data_dir", "."))
-            for x in (flag, str(folder / name))]  # fmt: skip
+            for x in (flag, str(folder / name))]
     assert cli.command("x", "modelzoo", prepare, argv) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "no class a" in err and "\x1b" not in err
@@ -407,7 +407,7 @@ def test_rotated_digits_are_rotated():
 
 
 @pytest.mark.parametrize("name, torchvisions, size, channels", [
-    ("mnist", "MNIST", 28, 1), ("cifar10", "CIFAR10", 32, 3), ("cifar100", "CIFAR100", 32, 3)])  # fmt: skip
+    ("mnist", "MNIST", 28, 1), ("cifar10", "CIFAR10", 32, 3), ("cifar100", "CIFAR100", 32, 3)])
 def test_every_download_is_of_its_own_dataset(tmp_path, monkeypatch, name, torchvisions, size, channels):
     import torchvision
 

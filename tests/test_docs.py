@@ -115,7 +115,7 @@ def test_hyperparameter_files_train(page, workspace):
         start(workspace, f"a{i}", "--continual", "--num_rounds", "2", "--epochs", "2", "--val_frac", "0.2")
     table = (ROOT / "docs/training.md").read_text()
     assert set(re.findall(r"^\| `(\w+)` \|", table, re.M)) == {*RANGES, *OPTIONAL, "epochs", "schedule", "augment"} - {
-        "weights", "freeze"}  # fmt: skip
+        "weights", "freeze"}
 
 
 def test_grid_of_the_sweep_is_read(tmp_path, monkeypatch):
@@ -140,7 +140,7 @@ def test_the_snippets_run(tmp_path):
     def show(page):
         (snippet,) = blocks(ROOT / page, "python")
         done = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{snippet}"],
-                              cwd=tmp_path, capture_output=True, text=True)  # fmt: skip
+                              cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

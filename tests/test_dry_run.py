@@ -107,6 +107,6 @@ def test_a_dry_run_refuses_what_the_run_would_refuse(workspace, capsys):
 @pytest.mark.parametrize("seconds, words", [
     (0.04, "0.0 s"), (9.94, "9.9 s"), (59.4, "59 s"), (60, "1 min"), (3569, "59 min"), (3600, "1 h 0 min"),
     (7500, "2 h 5 min"),
-])  # fmt: skip
+])
 def test_times_in_words(seconds, words):
     assert dry_run.clock(seconds) == words

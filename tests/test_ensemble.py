@@ -64,7 +64,7 @@ def test_ensembles_are_a_group_and_told_when_they_share_runs(tmp_path, capsys):
     (lambda a, b: save_tensors(b / "test_labels.pt", 7), "damaged or foreign"),
     (lambda a, b: shutil.copy(a / "learners" / "000.pt", b / "learners"), "do not have the accuracy"),
     (lambda a, b: save_tensors(b / "learners" / "000.pt", {"tasks": [1]}), "damaged or foreign"),
-])  # fmt: skip
+])
 def test_ensemble_of_damaged_runs_is_one_line(tmp_path, capsys, monkeypatch, breakage, message):
     monkeypatch.chdir(tmp_path)
     a, b = make_pair(tmp_path)
@@ -110,13 +110,13 @@ def test_real_runs_of_every_kind_end_to_end(tmp_path, capsys):
     (tmp_path / "data.yaml").write_text("dataset: npz\npath: toy.npz\ntasks: [[0, 1], [2, 3], [0, 3]]\n")
     (tmp_path / "hp.yaml").write_text("{model: conv, batch: 8, lr: 0.01, l2_reg: 0, dropout: 0}")
     flags = ["--data_config", str(tmp_path / "data.yaml"), "--hp_config", str(tmp_path / "hp.yaml"), "--data_dir",
-             str(tmp_path), "--out", str(tmp_path / "runs"), "--epochs", "1", "--device", "cpu"]  # fmt: skip
+             str(tmp_path), "--out", str(tmp_path / "runs"), "--epochs", "1", "--device", "cpu"]
     zoo = ["modelzoo.py", "modelzoo", modelzoo.run]
     joint = ["multihead.py", "multihead", multihead.run]
     for script, more in ((zoo, ["--continual"]), (zoo, ["--continual", "--replay_frac", "0.5"]), (joint, []),
                          (zoo, ["--continual", "--weigh_by_round"]),
                          (zoo, ["--num_rounds", "2", "--tasks_per_round", "2", "--warm_start"]),
-                         (joint, ["--num_tasks", "2"])):  # fmt: skip
+                         (joint, ["--num_tasks", "2"])):
         assert command(*script, flags + more) == 0
     for folder in (tmp_path / "runs").iterdir():
         run, ensemble = read_run(folder), make_ensemble([folder])
@@ -144,7 +144,7 @@ def test_real_runs_of_every_kind_end_to_end(tmp_path, capsys):
 def test_ensemble_averages_probabilities_and_not_their_logarithms(tmp_path):
     """Class 0 has (0.99 + 0.3 + 0.2) / 3 = 0.497 and loses; by the product, 0.0594 to 0.0056, it would win."""
     folders = [make_predictions(make_run(tmp_path / f"{s}", [[float(p < 0.5)]], s), [[[p, 1 - p]]], [1])
-               for s, p in enumerate((0.99, 0.3, 0.2))]  # fmt: skip
+               for s, p in enumerate((0.99, 0.3, 0.2))]
     assert make_ensemble(folders).matrix == [[1.0]]
 
 

@@ -22,7 +22,7 @@ NAMES = ["day", "dusk [early]", "night/夜"]
 
 def train(workspace, *more):
     write_yaml(workspace / "data.yaml", {"dataset": "npz", "path": "toy.npz", "tasks": [[0, 1], [2, 3, 4], [4, 5]],
-                                         "names": NAMES})  # fmt: skip
+                                         "names": NAMES})
     words = flags(workspace, "--save_nets", "--name", "a", "--precision", "fp32", "--device", "cpu", *more)
     assert command("x", "modelzoo", modelzoo.run, words) == 0
     return workspace / "runs/a"
@@ -37,7 +37,7 @@ def exported(folder, file):
     ("--continual", "--replay_frac", "0.5"),
     ("--continual", "--replay_frac", "0.5", "--weigh_by_round"),
     ("--num_rounds", "1", "--tasks_per_round", "2"),  # a task that no learner knows
-])  # fmt: skip
+])
 def test_torch_alone_runs_an_exported_zoo(workspace, tmp_path, more):
     folder = train(workspace, *more)
     exported(folder, tmp_path / "zoo.pt2")
@@ -92,7 +92,7 @@ def test_what_cannot_be_exported_is_one_line(workspace, tmp_path, capsys, monkey
         (workspace / "runs/b", "zoo.pt2", "kept no networks, or not all; --save_nets keeps them"),
         (folder, "nowhere/zoo.pt2", "--file: there is no folder"),
         (folder, "zoo.onnx", "onnx and onnxscript not installed: pip install onnx onnxscript, or take .pt2"),
-    ):  # fmt: skip
+    ):
         assert guard("export.py", lambda r=run, f=file: export.main([str(r), "--file", str(tmp_path / f)])) == 2
         out, err = capsys.readouterr()
         assert err.startswith("export.py: ") and err.count("\n") == 1 and message in err and not out
@@ -111,7 +111,7 @@ def test_every_way_to_hold_an_image_gives_the_same(tmp_path):
     pictures = [Image.fromarray(image) for image in pixels]
     for images in (pixels, tensor, list(pixels), tuple(tensor), list(pixels[:, None]), files, list(map(str, files)),
                    pictures, [files[0], pictures[1]], [pixels[0], tensor[1]], np.array(list(map(str, files))),
-                   [io.BytesIO(file.read_bytes()) for file in files]):  # fmt: skip
+                   [io.BytesIO(file.read_bytes()) for file in files]):
         assert make_images(images, (3, 5, 4)).equal(tensor)
     for image in (pixels[0], tensor[0], files[0], str(files[0]), pictures[0], pixels[:1]):
         assert make_images(image, (3, 5, 4)).equal(tensor[:1])
@@ -129,7 +129,7 @@ def test_every_way_to_hold_an_image_gives_the_same(tmp_path):
     ([], "the list is empty"), (None, "not of type NoneType"), ({"a": 1}, "not of type dict"), (7, "not of type int"),
     ([np.zeros((2, 5, 4, 3), np.uint8)], "number 0 of the list .* is 2 images, not one"), ([[1]], "not of type list"),
     ("nowhere.png", "nowhere.png: not a readable image"), (b"bytes", "not of type bytes"),
-])  # fmt: skip
+])
 def test_anything_else_is_named_in_one_line(images, message):
     with pytest.raises(DataError, match=message) as e:
         make_images(images, (3, 5, 4))

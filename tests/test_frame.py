@@ -15,12 +15,12 @@ def test_a_row_a_run(tmp_path):
     about = {"commit": "a" * 40, "hardware": "a CPU", "versions": {"torch": "2.11"}}
     folders = [make_run(tmp_path / "zoo", ZOO, 3, about=about, samples=20),
                make_run(tmp_path / "iso", ISOLATED, 3, tasks_per_round=1, samples=20),
-               make_run(tmp_path / "joint", [[0.5, 0.7, 0.9]], 3, method="multihead", cost=(None, 100, 7))]  # fmt: skip
+               make_run(tmp_path / "joint", [[0.5, 0.7, 0.9]], 3, method="multihead", cost=(None, 100, 7))]
     frame = load_frame(folders)
     assert list(frame.columns[:20]) == [
         "run", "group", "kind", "seed", "task_order", "average_accuracy", "learning_accuracy", "forgetting",
         "backward_transfer", "forward_transfer", "networks", "rows_trained", "stored_rows", "stored_numbers",
-        "parameters", "seconds", "commit", "hardware", "torch", "dataset"]  # fmt: skip
+        "parameters", "seconds", "commit", "hardware", "torch", "dataset"]
     assert list(frame["run"]) == list(map(str, folders))
     assert list(frame["group"]) == list(frame["kind"]) == ["Model Zoo", "Isolated", "Multi-Head"]
     zoo, isolated, joint = frame.to_dict("records")
@@ -36,7 +36,7 @@ def test_a_row_a_run(tmp_path):
     assert (joint["average_accuracy"], joint["rows_trained"]) == (pytest.approx(0.7), 100)
     unknown = frame[["forward_transfer", "forgetting", "seconds", "stored_rows", "samples"]].isna().to_numpy().tolist()
     assert unknown == [[False, False, False, True, False], [True, False, False, True, False],
-                       [True, True, True, True, True]]  # fmt: skip
+                       [True, True, True, True, True]]
     assert isolated["learning_accuracy"] == pytest.approx((0.5 + 0.6 + 0.65) / 3)
     assert set(map(str, frame.dtypes[["forgetting", "stored_rows"]])) == {"float64"}
 
@@ -64,10 +64,10 @@ def test_a_row_a_run_and_task(tmp_path):
     """With tasks_per_round 2, rounds 0, 1 and 2 train on tasks (0), (0, 1) and (0, 2)."""
     frame = load_frame([make_run(tmp_path / "zoo", ZOO, 3, names=["a", "b", "c"])], rows="task")
     assert list(frame.columns) == ["run", "group", "kind", "seed", "task_order", "task", "name", "first_seen",
-                                   "accuracy"]  # fmt: skip
+                                   "accuracy"]
     assert frame.drop(columns="run").to_numpy().tolist() == [
         ["Model Zoo", "Model Zoo", 3, 0, 0, "a", 0.5, 0.4], ["Model Zoo", "Model Zoo", 3, 0, 1, "b", 0.7, 0.8],
-        ["Model Zoo", "Model Zoo", 3, 0, 2, "c", 0.9, 0.9]]  # fmt: skip
+        ["Model Zoo", "Model Zoo", 3, 0, 2, "c", 0.9, 0.9]]
 
 
 def test_first_seen_is_the_first_round_that_trains_on_the_task(tmp_path):
@@ -92,7 +92,7 @@ def test_a_row_a_run_round_and_task_seen(tmp_path):
         (1, 0, "0 1", 0.5, True, None),
         (2, 0, "0 1", 0.6, True, 0.5), (2, 1, "2 3", 0.7, True, None),
         (3, 0, "0 1", 0.4, True, 0.5), (3, 1, "2 3", 0.8, False, 1.5), (3, 2, "4 5", 0.9, True, None),
-        (1, 0, "0 1", 0.5, True, None), (1, 1, "2 3", 0.6, True, None), (1, 2, "4 5", 0.7, True, None)]  # fmt: skip
+        (1, 0, "0 1", 0.5, True, None), (1, 1, "2 3", 0.6, True, None), (1, 2, "4 5", 0.7, True, None)]
     found = frame[columns].astype(object).where(frame[columns].notna(), None)
     assert list(found.itertuples(index=False, name=None)) == expected
     assert list(frame["seed"]) == [3] * 6 + [0] * 3
@@ -101,7 +101,7 @@ def test_a_row_a_run_round_and_task_seen(tmp_path):
 def test_ensembles_stand_in_every_frame(tmp_path):
     """Class 0 has probability 0.9 and 0.3: each is right on one row of two, their mean (0.6) on the first."""
     pair = [make_predictions(make_run(tmp_path / f"iso{s}", [[0.5]], s, tasks_per_round=1), [[[p, 1 - p]] * 2], [0, 1])
-            for s, p in ((4, 0.9), (2, 0.3))]  # fmt: skip
+            for s, p in ((4, 0.9), (2, 0.3))]
     run = load_frame(pair, [pair]).iloc[2]
     assert (run["kind"], run["seed"], run["average_accuracy"]) == ("ensemble of 2 Isolated", (2, 4), 0.5)
     assert (run["networks"], run["rows_trained"], run["seconds"]) == (2, 600, 4)
@@ -135,7 +135,7 @@ def test_frames_say_what_is_left_out_and_refuse_nothing(tmp_path, capsys):
     assert len(frame) == 1
     assert capsys.readouterr().err.splitlines() == [
         f"load_frame: skipped: {tmp_path}/none: no such run folder",
-        f"load_frame: note: {folder} left out: {folder} has the same settings and seed"]  # fmt: skip
+        f"load_frame: note: {folder} left out: {folder} has the same settings and seed"]
     assert load_frame(str(folder)).equals(frame)  # one path, where a list is due, is no list of letters
     for paths in ([], [tmp_path / "none"]):
         with pytest.raises(ConfigError):
@@ -153,11 +153,11 @@ def test_groups_in_words(tmp_path):
     assert describe_groups(read_groups([zoo, isolated])[0]) == "toy, 2 tasks; conv, 2 epochs, samples 20"
     longer = make_run(tmp_path / "long", [[0.5, 0.5]] * 2, samples=20, epochs=9)
     assert (describe_groups(read_groups([longer, zoo])[0])
-            == "toy, 2 tasks; conv, 9 or 2 epochs, samples 20")  # fmt: skip
+            == "toy, 2 tasks; conv, 9 or 2 epochs, samples 20")
     other = make_run(tmp_path / "other", [[0.5]], data_config="x/other.yaml", model="wrn16_4", epochs=1, samples=None)
     assert describe_groups(read_groups([other])[0]) == "other, 1 task; wrn16_4, 1 epoch, all samples"
     assert describe_groups(read_groups([zoo, longer, other])[0]) == (
-        "toy or other, 1 or 2 tasks; conv or wrn16_4, 2, 9 or 1 epochs, samples 20 or all samples")  # fmt: skip
+        "toy or other, 1 or 2 tasks; conv or wrn16_4, 2, 9 or 1 epochs, samples 20 or all samples")
     joint = [make_run(tmp_path / f"joint{n}", [[0.5] * n], method="multihead") for n in (3, 1, 2)]
     assert describe_groups(read_groups(joint)[0]) == "toy, 1, 2 or 3 tasks; conv, 2 epochs"
 

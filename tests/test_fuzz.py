@@ -38,7 +38,7 @@ TIMES = int(os.environ.get("FUZZ", "1"))
 def fuzz(cases):
     """`cases` examples, the same ones every time, however slow the machine."""
     return settings(max_examples=cases * TIMES, deadline=None, database=None, derandomize=True,
-                    suppress_health_check=list(HealthCheck))  # fmt: skip
+                    suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ DATA = {"dataset": "npz", "path": "toy.npz", "tasks": [[0, 1], [2, 3], [4, 5]]}
 WORDS = st.sampled_from([
     "dataset", "tasks", "names", "path", "size", "model", "batch", "lr", "l2_reg", "dropout", "epochs", "schedule",
     "augment", "mnist", "npz", "image_folder", "rotated_digits", "digits", "toy.npz", "../data.yaml", "/etc/passwd", "",
-    ".", "conv", "wrn16_4", "cosine", "constant", "\x00", "é", "a\nb", "1e-5", "nan"])  # fmt: skip
+    ".", "conv", "wrn16_4", "cosine", "constant", "\x00", "é", "a\nb", "1e-5", "nan"])
 NUMBERS = st.one_of(st.integers(-3, 12), st.integers(), st.floats(), st.sampled_from([10**30, 10**400, -(10**400)]))
 SCALARS = st.one_of(st.none(), st.booleans(), NUMBERS, WORDS, st.text(max_size=5), st.dates(), st.binary(max_size=4))
 VALUES = st.recursive(SCALARS, lambda x: st.lists(x, max_size=4) | st.dictionaries(WORDS, x, max_size=3), max_leaves=8)
@@ -119,7 +119,7 @@ YAML_TEXT = st.one_of(
                               "!!set ", "!!python/object:os.system ", "!!binary x", "---\n", "...\n", "path: ", "{",
                               "}"]),
              max_size=8).map("".join),
-)  # fmt: skip
+)
 
 
 @fuzz(300)
@@ -134,10 +134,10 @@ FLAG = st.sampled_from([
     "--samples", "--epochs", "--seed", "--data_dir", "--out", "--name", "--device", "--precision", "--continual",
     "--num_rounds", "--tasks_per_round", "--replay_frac", "--naive", "--warm_start", "--resume", "--save_nets",
     "--extend", "--weigh_by_round",
-    "--naiv", "-x", "--", "-h", "--data_config", "--hp_config"])  # fmt: skip
+    "--naiv", "-x", "--", "-h", "--data_config", "--hp_config"])
 ARGUMENT = st.one_of(st.integers(-2, 9).map(str), st.floats().map(str), st.text(max_size=6), st.sampled_from([
     "cpu", "auto", "cuda:7", "bf16", "fp16", "0.5", "1e999", "9" * 5000, "..", "a/b", "\x00", "-", "=", "١",
-]))  # fmt: skip
+]))
 
 
 @fuzz(350)
@@ -246,7 +246,7 @@ def image_bytes(kind):
 
 @fuzz(150)
 @given(data=st.one_of(*(damaged(image_bytes(kind)) for kind in ("PNG", "JPEG", "GIF", "BMP")), st.binary(max_size=30)),
-       label=st.one_of(st.integers(0, 4), st.text(max_size=3)))  # fmt: skip
+       label=st.one_of(st.integers(0, 4), st.text(max_size=3)))
 def test_image_folders(place, data, label):
     for split in ("train", "test"):
         for name in ("a", "b"):
@@ -263,7 +263,7 @@ def pictures(draw):
     kind, mode = draw(st.sampled_from([
         ("PNG", "RGB"), ("PNG", "RGBA"), ("PNG", "P"), ("PNG", "LA"), ("PNG", "L"), ("PNG", "1"), ("PNG", "I;16"),
         ("TIFF", "CMYK"), ("TIFF", "I;16"), ("TIFF", "F"), ("TIFF", "RGBA"), ("WEBP", "RGBA"), ("GIF", "P"),
-        ("JPEG", "CMYK"), ("JPEG", "L"), ("BMP", "RGB")]))  # fmt: skip
+        ("JPEG", "CMYK"), ("JPEG", "L"), ("BMP", "RGB")]))
     image = Image.new("I" if mode == "I;16" else mode, (draw(st.integers(1, 40)), draw(st.integers(1, 40))))
     if mode == "I;16":
         image = Image.fromarray(np.full(image.size[::-1], 5000, np.uint16))
@@ -295,7 +295,7 @@ def test_image_files(data, channels):
 
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="/\0"), min_size=1, max_size=12).filter(
-    lambda name: not name.startswith(".") and len(name.encode()) < 200)  # fmt: skip
+    lambda name: not name.startswith(".") and len(name.encode()) < 200)
 
 
 @fuzz(100)
@@ -311,7 +311,7 @@ def test_class_names(place, name, form):
                 (Path(root) / split / folder / "0.png").write_bytes(image_bytes("PNG"))
         try:
             data = build_dataset("image_folder", [("zz", unicodedata.normalize(form, name))], place,
-                                 make_generator(0, 0, "data"), path=Path(root).name, size=24)  # fmt: skip
+                                 make_generator(0, 0, "data"), path=Path(root).name, size=24)
         except DataError as e:
             assert seen in ("", "zz") and "\n" not in str(e)
         else:

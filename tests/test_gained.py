@@ -32,7 +32,7 @@ def grown(workspace):
 
 def load(workspace):
     return build_dataset("npz", [(0, 1), (2, 3), (4, 5)], workspace / "data", make_generator(0, 0, "data"),
-                         path="toy.npz")  # fmt: skip
+                         path="toy.npz")
 
 
 def test_old_learners_stay_and_new_ones_train_on_the_new_rows(grown):
@@ -87,7 +87,7 @@ def refuse(grown, capsys, *more, message):
     ("train_images", lambda x: np.where(np.arange(len(x))[:, None, None, None] == 9, 255 - x, x), "are gained or gone"),
     ("test_images", lambda x: 255 - x, "the test rows of task 0 (counted from 0) have changed"),
     ("test_images", lambda x: x[::-1], "have changed"),
-])  # fmt: skip
+])
 def test_rows_that_went_or_changed_are_refused(grown, capsys, key, change, message):
     arrays = dict(np.load(grown / "data/toy.npz"))
     labels = key.replace("images", "labels")
@@ -117,7 +117,7 @@ def test_a_share_of_past_rows_stays_as_it_is(grown, capsys):
     write_yaml(grown / "data.yaml", {"dataset": "npz", "path": "toy.npz", "tasks": [[0, 1], [2, 3], [4, 5]]})
     (grown / "data/toy.npz").write_bytes(grown_rows)
     refuse(grown, capsys, "--replay_frac", "0.5", "--extend", str(grown / "runs/share"),
-           message="with --replay_frac below 1 the rows that are kept of a past task stay")  # fmt: skip
+           message="with --replay_frac below 1 the rows that are kept of a past task stay")
 
 
 def test_hashes_tell_rows_and_classes_apart_wherever_they_stand(workspace):

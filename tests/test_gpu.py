@@ -27,7 +27,7 @@ def gpu():
     device = choose_device("cuda")
     yield device
     print(f"\n{describe_hardware(device)}, capability {torch.cuda.get_device_capability(device)}, {versions()}, CUDA "
-          f"{torch.version.cuda}, commit {commit()}")  # fmt: skip
+          f"{torch.version.cuda}, commit {commit()}")
 
 
 def learn(device, model, precision, capture="auto", epochs=2, net=None, host=False):
@@ -39,7 +39,7 @@ def learn(device, model, precision, capture="auto", epochs=2, net=None, host=Fal
     set_dropout_generator(net, generators["dropout"])
     epochs = train_net(net, images, rows, rows % 2, rows % 2, epochs=epochs, batch=16, lr=1e-3, l2_reg=1e-4,
                        schedule="cosine", augment=True, flip=True, precision=precision, capture=capture,
-                       generators=generators)  # fmt: skip
+                       generators=generators)
     return [values["train_loss"] for values, _ in epochs], [p.detach().clone() for p in net.parameters()]
 
 
@@ -129,7 +129,7 @@ def test_speed(tmp_path):
     """No bound, but what a card gives: bf16 beside fp32, captured, at batch 16 and 128."""
     for precision in ("bf16", "fp32"):
         words = ["tools/bench.py", "--device", "cuda", "--precision", precision, "--seconds", "3", "--json",
-                 str(tmp_path / "a.json")]  # fmt: skip
+                 str(tmp_path / "a.json")]
         subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
         rows = json.loads((tmp_path / "a.json").read_text())["training"]
         assert len(rows) == 4 and all(row["rows_per_s"] > 0 for row in rows)

@@ -14,14 +14,14 @@ def test_runs_that_differ_in_seed_only_are_one_group(tmp_path):
     folders = make_seeds(tmp_path, "zoo", [0.7, 0.72])
     folders.append(make_run(tmp_path / "other", [[0.6, 0.6]] * 2, seed=2, out="elsewhere", data_dir="d",
                             resume=True, save_nets=True, data_config="x/toy.yaml", hp_config="y.yaml",
-                            names=["a", "b"]))  # fmt: skip
+                            names=["a", "b"]))
     folders.append(make_run(tmp_path / "lr", [[0.6, 0.6]] * 2, lr=0.1))
     folders.append(make_run(tmp_path / "naive", [[0.6, 0.6]] * 2, naive=True))
     folders.append(make_run(tmp_path / "again", [[0.9, 0.9]] * 2, seed=1))
     groups, notes = read_groups(folders)
     assert [(g.label, [run.seed for run in g.runs]) for g in groups] == [
         ("Model Zoo, lr 0.01", [0, 1, 2]), ("Model Zoo, lr 0.1", [0]),
-        ("Model Zoo, lr 0.01, naive", [0])]  # fmt: skip
+        ("Model Zoo, lr 0.01, naive", [0])]
     assert notes == [f"{tmp_path}/again left out: {tmp_path}/zoo1 has the same settings and seed"]
 
 
@@ -36,7 +36,7 @@ def test_kinds_are_named(tmp_path):
     folders = [make_run(tmp_path / "a", [[0.6, 0.6]] * 2),
                make_run(tmp_path / "b", [[0.6, 0.6]] * 2, tasks_per_round=1),
                make_run(tmp_path / "c", [[0.6, 0.6]], method="multihead"),
-               make_run(tmp_path / "d", [[0.6, 0.6]], continual=False)]  # fmt: skip
+               make_run(tmp_path / "d", [[0.6, 0.6]], continual=False)]
     labels = [group.label for group in read_groups(folders)[0]]
     assert labels == ["Model Zoo", "Isolated", "Multi-Head", "Model Zoo, multi-task"]
 
@@ -48,10 +48,10 @@ def test_labels_say_no_more_than_tells_a_kind_apart(tmp_path):
                make_run(tmp_path / "b", [[0.6, 0.6]] * 2, **same | {"samples": 20}),
                make_run(tmp_path / "c", [[0.6, 0.6]] * 2, **same | {"samples": 20, "schedule": "constant"}),
                make_run(tmp_path / "d", [[0.6] * 3] * 3, batch=4, **same),
-               make_run(tmp_path / "e", [[0.6] * 3], batch=4, method="multihead", **same)]  # fmt: skip
+               make_run(tmp_path / "e", [[0.6] * 3], batch=4, method="multihead", **same)]
     labels = ["Model Zoo, 2 tasks of toy, all samples", "Model Zoo, 2 tasks of toy, samples 20, schedule cosine",
               "Model Zoo, 2 tasks of toy, samples 20, schedule constant", "Model Zoo, 3 tasks of toy",
-              "Multi-Head"]  # fmt: skip
+              "Multi-Head"]
     assert [group.label for group in read_groups(folders)[0]] == labels
     assert [group.label for group in read_groups(folders[::-1])[0]] == labels[::-1]
 
@@ -59,7 +59,7 @@ def test_labels_say_no_more_than_tells_a_kind_apart(tmp_path):
 def test_groups_that_no_setting_tells_apart_have_labels_and_numbers_of_their_own(tmp_path):
     """Found by review: the third group was (2) as well, and its numbers stood in the second's row too."""
     folders = [make_run(tmp_path / name, [[x, x]] * 2, dataset="npz", path=f"{name}.npz")
-               for name, x in (("a", 0.1), ("b", 0.5), ("c", 0.9))]  # fmt: skip
+               for name, x in (("a", 0.1), ("b", 0.5), ("c", 0.9))]
     groups, _ = read_groups(folders)
     assert [group.label for group in groups] == ["Model Zoo", "Model Zoo (2)", "Model Zoo (3)"]
     found = measure(groups)
@@ -73,7 +73,7 @@ def test_runs_of_one_seed_on_different_data_are_told(tmp_path):
         return make_run(tmp_path / name, [[0.5, 0.5]] * 2, seed, about=about, **config)
 
     runs = [make("zoo0", "a", 0), make("zoo1", "b", 1), make("iso0", "a", 0, tasks_per_round=1),
-            make("fewer0", "c", 0, samples=5)]  # fmt: skip
+            make("fewer0", "c", 0, samples=5)]
     assert read_groups(runs)[1] == []
     (note,) = read_groups([*runs, make("iso1", "c", 1, tasks_per_round=1)])[1]
     assert note.startswith(f"{tmp_path / 'zoo1'} and {tmp_path / 'iso1'} have the same tasks, samples and seed, but")
@@ -104,7 +104,7 @@ def test_ensembles_of_other_members_are_other_ensembles(ensemble):
     """Found by review: the second was left out, because its seeds and the settings that its members share agree."""
     groups, notes = group_runs([ensemble((0, TWO), (1, TEN)), ensemble((0, {"tasks_per_round": 3}), (1, TEN))])
     assert [(group.label, len(group.runs)) for group in groups] == [
-        ("ensemble of 2 Model Zoo", 1), ("ensemble of 2 Model Zoo (2)", 1)]  # fmt: skip
+        ("ensemble of 2 Model Zoo", 1), ("ensemble of 2 Model Zoo (2)", 1)]
     assert notes == []
 
 
@@ -135,7 +135,7 @@ def test_ensemble_of_runs_on_different_rows_is_told(ensemble):
     assert group_runs([ensemble((0, {"data": "a"}), (1, {"data": "a"}))])[1] == []
     _, notes = group_runs([ensemble((2, {"data": "a"}), (3, {"data": "b"}))])
     assert notes == ["ensemble of 2 Model Zoo: its members were trained on different rows, so that it gains by more "
-                     "data as well as by averaging"]  # fmt: skip
+                     "data as well as by averaging"]
 
 
 def test_ensemble_of_runs_on_other_task_files_is_not_told_of_other_rows(ensemble):
@@ -149,7 +149,7 @@ def test_ensemble_of_runs_on_other_task_files_is_not_told_of_other_rows(ensemble
     ({"data": "a"}, {"data": "b"}, None),  # each keeps rows of its own
     ({"data": "a", "replay_frac": 0.5}, {"data": "a", "replay_frac": 0.5}, None),
     ({}, {}, None),  # nobody knows
-])  # fmt: skip
+])
 def test_rows_stored_by_an_ensemble(ensemble, first, second, stored):
     """Found by review: it was the count of one member, whatever the others kept."""
     run = ensemble((0, {**first, "stored_rows": 40}), (1, {**second, "stored_rows": 40}))
@@ -180,7 +180,7 @@ FOREIGN = [
     lambda r: damage(r, "accuracy_matrix", 1, 1, value=float("nan")), lambda r: damage(r, "config", value=[]),
     lambda r: damage(r, "config", "samples", value={"a": 1}), lambda r: damage(r, "config", "task_order", value="x"),
     lambda r: damage(r, "config", "epochs", value="5"), lambda r: damage(r, "config", "model", value=["conv"]),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("foreign", FOREIGN)

@@ -119,7 +119,7 @@ def test_hold_out_refuses_a_class_of_one_row():
 def test_a_label_of_two_tasks_holds_out_the_same_rows():
     one = make_rows([[12, 9]])
     both = replace(one, images=one.images.repeat(2, 1, 1, 1), labels=one.labels.repeat(2), starts=(0, 21, 42),
-                   classes=(2, 2))  # fmt: skip
+                   classes=(2, 2))
     fit, held = hold_out(both)
     seen = [set(part.images[part.rows(t), 0, 0, 0].tolist()) for part in (fit, held) for t in (0, 1)]
     assert seen[0] == seen[1] and seen[2] == seen[3] and not seen[0] & seen[2]
@@ -171,7 +171,7 @@ def test_defaults(files):
     assert search.space | {"dropout": ("uniform", (0.1, 0.5))} == SPACE == {
         "batch": ("choice", (8, 16, 32, 128)), "lr": ("log", (1e-4, 1e-1)), "l2_reg": ("log", (1e-6, 1e-2)),
         "dropout": ("uniform", (0.1, 0.5)),
-    }  # fmt: skip
+    }
     assert "dropout" not in search.space
     assert (search.num_samples, search.objective, search.cpus_per_trial, search.address) == (81, "multihead", 1, None)
     assert settings.name == "two-small-hpo-seed=0"
@@ -239,7 +239,7 @@ def test_a_trial_that_was_stopped_early_is_never_the_best():
 
     lost = SimpleNamespace(metrics=None, error=ValueError("x"), config={"lr": 0.1})
     rows = hpo.rank([result("stopped", 0.9, 1), result("worse", 0.6, 9), result("best", 0.7, 9),
-                     result("broken", 0.0, 1, "inf"), lost], 9)  # fmt: skip
+                     result("broken", 0.0, 1, "inf"), lost], 9)
     assert [row["trial"] for row in rows][:3] == ["best", "worse", "stopped"]
 
 
@@ -324,7 +324,7 @@ def test_the_rows_of_a_search_are_training_rows(files):
 @pytest.mark.parametrize(("flags", "line"), [
     (["--device", "auto", "--precision", "fp16"], "--precision: fp16 needs a CUDA device"),
     (["--device", "cuda:1", "--gpus_per_trial", "0.5"], "--device: Ray chooses the GPU of each trial; give cuda"),
-])  # fmt: skip
+])
 def test_what_would_fail_in_every_trial_is_refused_before_the_first(files, local_ray, capsys, flags, line):
     assert hpo.main([*files, *flags]) == 2
     err = capsys.readouterr().err
@@ -356,7 +356,7 @@ def test_a_trial_that_cannot_be_trained_scores_nothing_and_the_search_goes_on(fi
 @needs_ray
 def test_a_killed_search_goes_on(files):
     command = [sys.executable, str(ROOT / "hpo.py"), *files, "--name", "killed", "--num_samples", "5",
-               "--max_concurrent", "1"]  # fmt: skip
+               "--max_concurrent", "1"]
     environment = os.environ | {"TUNE_GLOBAL_CHECKPOINT_S": "0.1"}  # Tune's own pace is ten seconds
     trials = Path("runs/killed/trials")
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
@@ -380,5 +380,5 @@ def test_the_best_settings_are_for_the_epochs_of_the_search(files):
     settings, _ = read_search("hpo.py", [*files, "--epochs", "3"])
     hpo.write_best(Path("best.yaml"), settings, {"lr": 0.5, "batch": 4}, ["Found by: a\ntest"])
     assert load_yaml("best.yaml") == {"model": "conv", "batch": 4, "lr": 0.5, "l2_reg": 1e-5, "dropout": 0, "epochs": 3,
-                                      "augment": False}  # fmt: skip
+                                      "augment": False}
     assert Path("best.yaml").read_text().startswith("# Found by: a test\n")

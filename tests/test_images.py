@@ -34,7 +34,7 @@ def read(image, form="PNG", shape=(3, 2, 3), **options):
     (1, lambda x: x), (2, ImageOps.mirror), (3, lambda x: x.rotate(180)), (4, ImageOps.flip),
     (5, lambda x: ImageOps.mirror(x.rotate(270, expand=True))), (6, lambda x: x.rotate(90, expand=True)),
     (7, lambda x: ImageOps.mirror(x.rotate(90, expand=True))), (8, lambda x: x.rotate(270, expand=True)),
-])  # fmt: skip
+])
 def test_a_picture_stands_as_its_exif_says(form, orientation, turn):
     """`turn` is what the camera did: orientation 6 is undone by a quarter turn clockwise."""
     exif = Image.Exif()
@@ -57,7 +57,7 @@ def test_what_is_transparent_is_white():
     palette = Image.fromarray(np.array([[0, 1, 0], [1, 1, 0]], np.uint8), "P")
     palette.putpalette([255, 0, 0, 0, 0, 255])
     assert read(palette, transparency=0).tolist() == [[[255] * 3 if x == 0 else [0, 0, 255] for x in row]
-                                                      for row in ([0, 1, 0], [1, 1, 0])]  # fmt: skip
+                                                      for row in ([0, 1, 0], [1, 1, 0])]
     assert read(palette, "GIF", transparency=0)[0, 0].tolist() == [255] * 3
 
 
@@ -159,7 +159,7 @@ def test_an_index_beyond_all_and_names_with_zeros_in_front(folder):
     (unicodedata.normalize("NFD", "bébé"), unicodedata.normalize("NFC", "bébé")),
     (unicodedata.normalize("NFC", "ガラス"), unicodedata.normalize("NFD", "ガラス")),
     ("great\u00a0tit", "great tit"), ("10\u202fPM", "10 PM"), ("soft\u00adware", "software"), (" ant", "ant"),
-])  # fmt: skip
+])
 def test_names_are_compared_as_people_see_them(folder, written, asked):
     add_class(folder, written)
     train, test = build(folder, [("left", asked)])

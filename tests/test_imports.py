@@ -72,10 +72,10 @@ def test_every_folder_is_a_package():
 def test_a_run_imports_nothing_that_is_slow_to_import(tmp_path):
     """Each of these takes a second or more, and a newcomer waits for the first batch of the demo."""
     words = ["--data_config", "config/dataset/split_digits.yaml", "--hp_config", "config/hyperparam/small.yaml",
-             "--samples", "1", "--epochs", "1", "--out", str(tmp_path)]  # fmt: skip
+             "--samples", "1", "--epochs", "1", "--out", str(tmp_path)]
     slow = {"torch._dynamo", "sklearn", "scipy", "pandas", "matplotlib", "torchvision", "ray"}
     code = (f"import sys; from multihead import run; from utils.command import command;"
             f"status = command('', 'multihead', run, {words});"
-            f"sys.exit(' '.join({slow} & set(sys.modules)) or status)")  # fmt: skip
+            f"sys.exit(' '.join({slow} & set(sys.modules)) or status)")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

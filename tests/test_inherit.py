@@ -46,7 +46,7 @@ def assert_same_learners(workspace, a, b, rounds=range(3)):
     (*CONTINUAL, "--replay_frac", "0.3"),
     ("--inherit", "--num_rounds", "3", "--tasks_per_round", "2"),
     ("--inherit", "--num_rounds", "2", "--tasks_per_round", "2", "--warm_start", "--naive"),
-])  # fmt: skip
+])
 def test_each_learner_is_what_a_loop_written_out_trains(workspace, more):
     """Built afresh each round, the modules of the backbone copied over one by one, then trained as any network."""
     hyper = {**CONV, "schedule": "cosine", "augment": True}
@@ -73,7 +73,7 @@ def test_each_learner_is_what_a_loop_written_out_trains(workspace, more):
         joined = torch.cat(rows)
         *_, _ = train_net(net, train.images, joined, heads, train.labels[joined], generators=generators, epochs=2,
                           batch=8, lr=0.01, l2_reg=1e-5, schedule="cosine", augment=True, flip=False,
-                          precision=precision)  # fmt: skip
+                          precision=precision)
         for head, t in enumerate(stored["tasks"]):
             found = predict_logits(net, test.images, test.rows(t), head, 2, precision)
             torch.testing.assert_close(stored["test_logits"][head], found)
@@ -84,7 +84,7 @@ def test_each_learner_is_what_a_loop_written_out_trains(workspace, more):
     (("--continual",), 0),
     (("--num_rounds", "2", "--tasks_per_round", "2"), 0),
     (("--num_rounds", "1", "--tasks_per_round", "2", "--warm_start"), WARM),
-])  # fmt: skip
+])
 def test_the_first_learner_is_that_of_the_run_without_it_to_the_last_digit(workspace, more, first):
     fresh, inherited = start(workspace, "a", *more), start(workspace, "b", *more, "--inherit")
     assert_same_learners(workspace, "a", "b", [first])
@@ -113,14 +113,14 @@ def test_the_last_network_is_kept_and_all_with_save_nets(workspace, more, kept):
         zoo = Zoo.load(workspace / "runs/a", "cpu")
         stored = zoo.predict_log_probs(0).exp()
         torch.testing.assert_close(zoo.predict(test.images[test.rows(0)], 0), stored,
-                                   rtol=1e-5, atol=1e-6)  # fmt: skip
+                                   rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("more", [
     CONTINUAL,
     (*CONTINUAL, "--save_nets"),
     ("--inherit", "--num_rounds", "2", "--tasks_per_round", "2", "--warm_start"),
-])  # fmt: skip
+])
 def test_wherever_a_run_stops_it_resumes_to_the_same_bits(workspace, monkeypatch, more):
     """After each file that it writes, checkpoints within a learner too, the folder is copied, and gone on with."""
     for name in ("CHECKPOINT_SECONDS", "time"):
@@ -153,7 +153,7 @@ def test_wherever_a_run_stops_it_resumes_to_the_same_bits(workspace, monkeypatch
 
 @pytest.mark.parametrize("more", [
     (), ("--save_nets",), ("--tasks_per_round", "1"), ("--replay_frac", "0.3"), ("--weigh_by_round",),
-])  # fmt: skip
+])
 def test_an_extended_run_equals_one_that_had_all_tasks_from_the_start(workspace, more):
     start(workspace, "old", *CONTINUAL, *more, *shorten(workspace))
     whole = start(workspace, "whole", *CONTINUAL, *more)
@@ -178,7 +178,7 @@ def refuse(workspace, capsys, message, *more):
     (("--continual", "--save_nets"), CONTINUAL, "--extend: inherit is True, not as in"),
     (CONTINUAL, ("--continual",), "--extend: inherit is False, not as in"),
     (CONTINUAL, (*CONTINUAL, "--save_nets"), "did not keep every network, so this run cannot either"),
-])  # fmt: skip
+])
 def test_what_does_not_go_on_from_another_run_is_one_line(workspace, capsys, old, new, message):
     start(workspace, "old", *old, *shorten(workspace))
     capsys.readouterr()
@@ -215,7 +215,7 @@ def test_resuming_without_it_is_refused(workspace, capsys):
     lambda path: path.unlink(),
     lambda path: path.write_bytes(path.read_bytes()[:-40]),
     lambda path: save_tensors(path, load_tensors(path, "cpu") | {"net": None}),
-])  # fmt: skip
+])
 def test_a_network_that_is_gone_is_one_line_and_never_a_fresh_start(workspace, capsys, ruin):
     """The second learner's file, of which the third is to inherit."""
     start(workspace, "a", *CONTINUAL)
@@ -270,7 +270,7 @@ def test_report_tells_the_groups_apart_and_reads_runs_that_did_not_record_it(tmp
     (label,) = (group.label for group in read_groups([tmp_path / "inherit0"])[0])
     assert label == "Model Zoo, inherit"
     (label,) = (group.label for group in read_groups(make_seeds(tmp_path, "both", [0.9], inherit=True, epochs=7,
-                                                                weigh_by_round=True))[0])  # fmt: skip
+                                                                weigh_by_round=True))[0])
     assert label == "Model Zoo, inherit, weigh_by_round"
     # Forward transfer is against tasks learned alone, from a fresh start: 0.8 - 0.4 on the second task.
     frame = load_frame(folders)

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 
 def test_output_names_tasks_and_says_where_everything_is(workspace, capsys):
     write_yaml(workspace / "data.yaml", {"dataset": "npz", "path": "toy.npz", "tasks": [[0, 1], [2, 3], [4, 5]],
-                                         "names": ["night", "dusk [early]", "day"]})  # fmt: skip
+                                         "names": ["night", "dusk [early]", "day"]})
     result = start(workspace, "a", "--continual")
     out = capsys.readouterr().out
     assert "\x1b" not in out  # not a terminal: no bars, no colours
@@ -107,7 +107,7 @@ def test_table_of_a_result_by_hand(capsys):
     """Task 0 falls from 90 to 70 %, task 1 rises from 50 to 80 %, task 2 is new."""
     result = {"accuracy": [0.7, 0.8, 0.4], "accuracy_matrix": [[0.9, None, None], [0.6, 0.5, None], [0.7, 0.8, 0.4]],
               "rounds": [{"tasks": [0]}, {"tasks": [0, 1]}, {"tasks": [1, 2]}], "average_accuracy": 1.9 / 3,
-              "learning_accuracy": 0.6, "forgetting": -0.05, "backward_transfer": None, "seconds": 12.34}  # fmt: skip
+              "learning_accuracy": 0.6, "forgetting": -0.05, "backward_transfer": None, "seconds": 12.34}
     print_result(result, ["night", "dusk", "day"], "runs/a")
     out = " ".join(capsys.readouterr().out.split())
     assert "0 night 90.00 70.00 -20.00 1 dusk 50.00 80.00 +30.00 2 day 40.00 40.00 +0.00" in out
@@ -197,7 +197,7 @@ def test_bars_on_a_terminal(workspace, columns):
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     process = subprocess.Popen([sys.executable, "modelzoo.py", *flags(workspace, "--continual", "--epochs", "100")],
                                cwd=ROOT, stdout=slave, stderr=slave,
-                               env={k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")})  # fmt: skip
+                               env={k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")})
     os.close(slave)
     out = b""
     with contextlib.suppress(OSError):  # Linux says so where the other end is closed
@@ -252,7 +252,7 @@ def test_opening_says_what_is_about_to_happen(workspace, capsys):
     opening = capsys.readouterr().out.splitlines()[:2]
     # 20 rows in each task of an epoch: 1, 2 and 2 tasks, 2 epochs; a backbone of 116,400 and 2 heads of 2 classes
     assert opening[0] == ("Model Zoo, continual: 3 tasks, 3 rounds, 2 tasks per learner at most, 200 rows to train on "
-                          "(2 epochs), conv with 116,724 parameters per learner")  # fmt: skip
+                          "(2 epochs), conv with 116,724 parameters per learner")
     assert re.fullmatch(rf"cpu, \w+, 1 thread; run folder {workspace / 'runs/a'}", opening[1])
     start(workspace, "b", method="multihead")
     out = capsys.readouterr().out
@@ -265,6 +265,6 @@ def test_opening_says_what_is_about_to_happen(workspace, capsys):
 @pytest.mark.parametrize("text, width, short", [
     ("round 1", 7, "round 1"), ("round 12", 7, "round…"), ("abc", None, "abc"),
     ("日本語", 6, "日本語"), ("日本語", 5, "日本…"), ("日本語", 4, "日…"), ("e\u0301e\u0301", 2, "e\u0301e\u0301"),
-])  # fmt: skip
+])
 def test_lines_are_shortened_to_columns_not_letters(text, width, short):
     assert shorten(text, width) == short

@@ -64,7 +64,7 @@ def load(large, config, samples):
     words[1] = str(large / config)
     return ("import sys\nfrom utils.command import command\nfrom utils.run import prepare\n"
             f"status = command('modelzoo.py', 'modelzoo', prepare, {words!r})\n"
-            "if status: sys.exit(status)")  # fmt: skip
+            "if status: sys.exit(status)")
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +166,7 @@ def test_a_disk_without_room_is_no_place(tmp_path, monkeypatch, capsys):
     ({"memory.limit_in_bytes": "1000", "memory.usage_in_bytes": "800",
       "memory.stat": "active_file 1\ninactive_file 1\ntotal_active_file 30\ntotal_inactive_file 4"}, 234),
     ({}, math.inf),
-])  # fmt: skip
+])
 def test_free_memory_of_a_control_group(tmp_path, files, free):
     """The limit less what is used, but for cached files, which give way."""
     for name, text in files.items():
@@ -178,7 +178,7 @@ def test_free_memory_is_the_least_of_all_limits():
     machine = memory.free_memory()
     assert 10**7 < machine < 10**14
     code = ("import resource; resource.setrlimit(resource.RLIMIT_DATA, (3 * 10**9, 3 * 10**9))\n"
-            "from datasets.memory import free_memory; print(free_memory())")  # fmt: skip
+            "from datasets.memory import free_memory; print(free_memory())")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert 0 < int(done.stdout) < min(3 * 10**9, machine + 10**9)
 
@@ -216,7 +216,7 @@ def test_a_run_on_mapped_images_ends_in_the_same_numbers(workspace, monkeypatch,
 @pytest.mark.parametrize("error", [
     MemoryError("Unable to allocate 5.72 GiB for an array"), torch.OutOfMemoryError("Tried to allocate 5.72 GiB"),
     RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 5.72 GiB"),
-])  # fmt: skip
+])
 def test_every_allocator_is_understood(error):
     with pytest.raises(RunError, match=r"too large \(5.72 GiB were asked for\)"), naming_memory("too large"):
         raise error
@@ -246,7 +246,7 @@ def test_what_a_cluster_shares_has_the_rows_that_a_run_would_read(workspace):
     assert isinstance(whole[0][0][0], torch.Tensor) and len(whole[0][0][0]) == 30
     for samples in (None, 3):
         pairs = [build_dataset(*data[:3], make_generator(0, 0, "data"), samples, data[3], loaded=loaded)
-                 for loaded in (None, whole)]  # fmt: skip
+                 for loaded in (None, whole)]
         for a, b in zip(*pairs, strict=True):
             assert a.images.equal(b.images) and a.labels.equal(b.labels)
 
@@ -257,7 +257,7 @@ def test_evaluation_looks_at_no_more_rows_at_once_than_training_can_hold(workspa
 
     sizes, run_backbone = {True: [], False: []}, run_net.run_backbone
     monkeypatch.setattr(run_net, "run_backbone", lambda net, images, precision: (
-        sizes[net.training].append(len(images)) or run_backbone(net, images, precision)))  # fmt: skip
+        sizes[net.training].append(len(images)) or run_backbone(net, images, precision)))
     write_yaml(workspace / "hp.yaml", yaml.safe_load((workspace / "hp.yaml").read_text()) | {"batch": 2})
     assert command("x", "modelzoo", modelzoo.run, flags(workspace, "--continual")) == 0
     assert max(sizes[True]) == 2 and max(sizes[False]) == 4

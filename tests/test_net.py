@@ -28,7 +28,7 @@ def test_wide_resnet_layers():
     convolutions = [m for m in backbone.modules() if isinstance(m, nn.Conv2d)]
     assert [m.kernel_size for m in convolutions].count((3, 3)) == 13
     assert [(m.in_channels, m.out_channels) for m in convolutions if m.kernel_size == (1, 1)] == [
-        (16, 64), (64, 128), (128, 256)]  # fmt: skip
+        (16, 64), (64, 128), (128, 256)]
     # Kaiming, fan-out: variance 2 / (9 * out), here of 64 -> 128 channels.
     wider = backbone.layers[3].conv1.weight
     assert wider.std().item() == pytest.approx((2 / (9 * 128)) ** 0.5, rel=0.01)
@@ -78,7 +78,7 @@ def test_dropout_comes_after_relu_and_leaves_the_second_norm_alone():
 
 @pytest.mark.parametrize("model, size, features", [
     ("conv", 28, 80), ("conv", 32, 320), ("conv", 84, 320), ("wrn16_4", 28, 256), ("wrn16_4", 84, 256),
-])  # fmt: skip
+])
 def test_feature_sizes(model, size, features):
     net = build_net(model, (1, size, size), [2], 0.0, seed=0).eval()
     assert net.backbone(torch.zeros(2, 1, size, size)).shape == (2, features)

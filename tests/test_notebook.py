@@ -81,7 +81,7 @@ def test_one_line_makes_it_cifar100(tmp_path, monkeypatch):
     write_yaml(tmp_path / "hp.yaml", CONV | {"epochs": 1})
     line, other = re.match(r'(DATA = )".*"  # for CIFAR-100: (".*")\n', CELLS[0]).groups()
     found = execute(line + other, OUT=str(tmp_path / "runs"), HYPER=str(tmp_path / "hp.yaml"), DATA_DIR=str(tmp_path),
-                    DEVICE="cpu")  # fmt: skip
+                    DEVICE="cpu")
     assert found["T"] == 20 and found["names"][1] == "fish" and len(found["zoo"]["rounds"]) == 20
     assert titles(found["seen"]) == found["names"]
     assert [len(result["accuracy"]) for result in found["joint_results"]] == [20, 16, 12, 8, 4]

@@ -26,7 +26,7 @@ def order_of(workspace, order, *more):
 def many(workspace):
     """Seven tasks with names."""
     write_yaml(workspace / "data.yaml", {"dataset": "npz", "path": "toy.npz", "names": list("abcdefg"),
-                                         "tasks": [[t % 6, (t + 1) % 6] for t in range(7)]})  # fmt: skip
+                                         "tasks": [[t % 6, (t + 1) % 6] for t in range(7)]})
     return workspace
 
 
@@ -79,7 +79,7 @@ def orders(tmp_path):
             tasks = TASKS if order == 0 else [TASKS[2], TASKS[0], TASKS[1]]
             rows = [[finals[i]] * 3] * 3
             made.append(make_run(tmp_path / f"{method}-{order}-{seed}", rows, seed, tasks=tasks, task_order=order,
-                                 tasks_per_round=2 if method == "zoo" else 1))  # fmt: skip
+                                 tasks_per_round=2 if method == "zoo" else 1))
     return made
 
 
@@ -96,7 +96,7 @@ def test_runs_of_other_orders_are_one_group_and_the_report_says_so(orders, capsy
     means = frame[(frame["metric"] == "average_accuracy") & frame["minus"].isna()].set_index("group")["mean"]
     assert means.to_dict() == pytest.approx({
         "Model Zoo": 0.65, "Isolated": 0.5, "Model Zoo, task_order 0": 0.6, "Model Zoo, task_order 1": 0.7,
-        "Isolated, task_order 0": 0.45, "Isolated, task_order 1": 0.55})  # fmt: skip
+        "Isolated, task_order 0": 0.45, "Isolated, task_order 1": 0.55})
     # Pairs share the seed and the order: 0.1, 0.2, 0.1, 0.2.
     (pair,) = frame[(frame["metric"] == "average_accuracy") & frame["minus"].notna()].itertuples()
     assert (pair.group, pair.test, int(pair.n)) == ("Model Zoo", "paired", 4) and pair.mean == pytest.approx(0.15)

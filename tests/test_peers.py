@@ -78,7 +78,7 @@ def distance(a, b):
     (["naive", "--precision", "fp16"], "--precision: fp16 needs its losses scaled"),
     (["naive", "--num_tasks", "4"], "--num_tasks: 4 must be at most 3"),
     (["naive"], "the package avalanche-lib is missing; pip install -r requirements-peers.txt brings it"),
-])  # fmt: skip
+])
 def test_mistakes_are_one_line(workspace, capsys, monkeypatch, words, message):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert status_of(workspace, *words) == 2
@@ -105,7 +105,7 @@ def test_flags_of_single_methods_are_in_their_settings_and_names(workspace):
     own = [{key: getattr(s, key) for key in peers.FLAGS} for s in (lwf, der, packnet, pnn)]
     assert [{key: x for key, x in found.items() if x is not None} for found in own] == [
         {"lwf_alpha": 3, "lwf_temperature": 2}, {"memory": 12, "der_alpha": 0.1, "der_beta": 0},
-        {"prune_share": 0.5, "prune_epochs": 3}, {}]  # fmt: skip
+        {"prune_share": 0.5, "prune_epochs": 3}, {}]
     assert lwf.name == "data-hp-avalanche-lwf-epochs=9-lwf_alpha=3.0-lwf_temperature=2.0-seed=0"
     assert der.name == "data-hp-avalanche-der-epochs=9-memory=12-der_alpha=0.1-der_beta=0.0-seed=0"
     assert packnet.name == "data-hp-avalanche-packnet-epochs=9-prune_share=0.5-seed=0"
@@ -124,7 +124,7 @@ def test_report_names_the_methods_and_shows_rows_stored(tmp_path, capsys):
     folders = make_seeds(tmp_path, "zoo", [0.7, 0.8])
     for memory in (12, 24):
         folders.append(make_run(tmp_path / f"replay{memory}", [[0.6, 0.6]] * 2, method="avalanche-replay",
-                                continual=True, memory=memory, ewc_lambda=None))  # fmt: skip
+                                continual=True, memory=memory, ewc_lambda=None))
     folders.append(make_run(tmp_path / "joint", [[0.9, 0.9]], method="avalanche-joint", memory=None, ewc_lambda=None))
     for folder, stored in zip(folders[2:], (12, 24, 60), strict=True):
         result = json.loads((folder / "result.json").read_text())
@@ -163,7 +163,7 @@ def test_rows_that_ours_store_by_hand(workspace):
     for method, words, stored in (("modelzoo", ["--continual"], 60), ("multihead", [], 60),
                                   ("modelzoo", ["--continual", "--replay_frac", "0.2"], 12),
                                   ("modelzoo", ["--continual", "--tasks_per_round", "1"], 0),
-                                  ("modelzoo", ["--num_rounds", "1", "--tasks_per_round", "1"], 60)):  # fmt: skip
+                                  ("modelzoo", ["--num_rounds", "1", "--tasks_per_round", "1"], 60)):
         run = {"modelzoo": modelzoo, "multihead": multihead}[method].run
         assert run(read_settings("", method, flags(workspace, "--epochs", "1", *words)))["stored_rows"] == stored
 
@@ -217,7 +217,7 @@ def test_naive_takes_our_steps(workspace, avalanche, monkeypatch, schedule):
         generators = {key: make_generator(0, t, key) for key in ("shuffle", "augment", "dropout")}
         list(train_net(ours, train.images, rows, torch.full_like(rows, t), train.labels[rows], epochs=4, batch=100,
                        lr=0.01, l2_reg=0.01, schedule=schedule, augment=False, flip=False, precision="fp32",
-                       generators=generators))  # fmt: skip
+                       generators=generators))
     assert distance(nets[-1], ours) < 0.01 * distance(ours, first)
     # Batch norm's statistics are averaged anew after the last epoch, here too.
     for a, b in zip(nets[-1].backbone.buffers(), ours.backbone.buffers(), strict=True):
@@ -255,7 +255,7 @@ NET = BACKBONE + 3 * 2 * 81  # three heads on D = 80 features
 # PNN's column k: its two later convolutions hear of k others through k factors, a 1x1 convolution from 80 k to 80 and
 # one of 3x3 without bias; its head of two, through k factors, a layer from 80 k to 2 and one from 2 to 2.
 PNN = sum(BACKBONE + 2 * 81 + (k > 0) * (2 * (k + 80 * (80 * k + 1) + 9 * 80 * 80) + k + 2 * (80 * k + 1) + 2 * 3)
-          for k in range(3))  # fmt: skip
+          for k in range(3))
 
 
 @pytest.mark.parametrize("method, rows, stored, numbers, parameters", [
@@ -268,7 +268,7 @@ PNN = sum(BACKBONE + 2 * 81 + (k > 0) * (2 * (k + 80 * (80 * k + 1) + 9 * 80 * 8
     # which keeps two logits with each row.
     ("lwf", 120 + 80, 0, NET, NET), ("der", 120 + 2 * 6 * 8, 12, 2 * 12, NET),
     ("packnet", 120, 0, CONVOLUTIONS, NET), ("pnn", 120, 0, 0, PNN),
-])  # fmt: skip
+])
 def test_cost_by_hand(workspace, avalanche, capsys, method, rows, stored, numbers, parameters):
     result = learn(workspace, method, "--memory", "12")
     assert (result["method"], result["rows_trained"], result["stored_rows"]) == (f"avalanche-{method}", rows, stored)
@@ -297,7 +297,7 @@ def test_penalty_holds_the_backbone(workspace, avalanche, monkeypatch):
     nets = catch_nets(monkeypatch)
     for words in (["naive", "--num_tasks", "1"], ["naive", "--num_tasks", "2"],
                   ["ewc", "--ewc_lambda", "0", "--num_tasks", "2"],
-                  ["ewc", "--ewc_lambda", "10", "--num_tasks", "2"]):  # fmt: skip
+                  ["ewc", "--ewc_lambda", "10", "--num_tasks", "2"]):
         assert status_of(workspace, *words, "--precision", "fp32") == 0
     first, naive, weightless, held = [net.backbone for net in nets]
     assert distance(weightless, naive) < 0.01 * distance(held, naive)
@@ -438,7 +438,7 @@ def test_penalty_of_lwf_by_hand(workspace, avalanche, monkeypatch):
             with torch.no_grad():
                 images = strategy.mb_x
                 old, new = (forward(net, images, torch.zeros(len(images), dtype=torch.long), "fp32")
-                            for net in (plugin.lwf.prev_model.net, strategy.model.net))  # fmt: skip
+                            for net in (plugin.lwf.prev_model.net, strategy.model.net))
                 p, q = (old / 2).softmax(1), (new / 2).softmax(1)
                 found.append(((strategy.loss.detach() - before).item(), 3 * (p * (p / q).log()).sum(1).mean().item()))
 
@@ -530,7 +530,7 @@ def test_every_method_stands_in_the_report(workspace, avalanche, capsys):
     assert report_of(*sorted((workspace / "runs").iterdir()), "--format", "markdown") == 0
     rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("| Aval")]
     assert rows[:5] == ["Avalanche DER", "Avalanche LwF, lwf_alpha 1.0", "Avalanche LwF, lwf_alpha 3.0",
-                        "Avalanche PackNet", "Avalanche PNN"]  # fmt: skip
+                        "Avalanche PackNet", "Avalanche PNN"]
 
 
 def test_resume_leaves_a_finished_run_and_redoes_an_unfinished_one(workspace, avalanche, capsys):
@@ -560,7 +560,7 @@ def test_accuracies_are_of_the_test_rows(workspace, monkeypatch, method):
     arrays = make_arrays()
     keep = np.concatenate([np.flatnonzero(arrays["test_labels"] == c)[: 2 if c % 2 == 0 else 3] for c in range(6)])
     np.savez(workspace / "data" / "toy.npz",
-             **arrays | {key: arrays[key][keep] for key in ("test_images", "test_labels")})  # fmt: skip
+             **arrays | {key: arrays[key][keep] for key in ("test_images", "test_labels")})
     (settings,) = peers.read_peers([method, *flags(workspace)])
     _, precision, train, test = prepare(settings)
     strategy = SimpleNamespace(train=lambda *_, **__: None, plugins=[])
@@ -569,7 +569,7 @@ def test_accuracies_are_of_the_test_rows(workspace, monkeypatch, method):
     model = SimpleNamespace(net=None, columns=[], rows_trained=0, activate_task=lambda t: None)
     monkeypatch.setattr(peers, "wrap_net", lambda *_: model)
     monkeypatch.setattr(peers, "predict_logits", lambda net, images, rows, t, classes, precision:
-                        torch.tensor([[1.0, 0.0]]).repeat(len(rows), 1))  # fmt: skip
+                        torch.tensor([[1.0, 0.0]]).repeat(len(rows), 1))
     (workspace / "log").mkdir()
     with RunLog(workspace / "log", 3, 1) as log:
         matrix, _, _ = peers.train_peer(settings, precision, train, test, log)

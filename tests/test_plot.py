@@ -130,7 +130,7 @@ def test_compute_by_hand(tmp_path):
     assert [list(line.get_xdata()) for line in parameters.lines] == [[40, 40], [80]]
     assert [text.get_text() for text in work.texts] == ["1", "5", "5"]
     assert work.get_xscale() == "log" and [text.get_text() for text in figure.legends[0].get_texts()] == [
-        "Model Zoo", "Multi-Head"]  # fmt: skip
+        "Model Zoo", "Multi-Head"]
     figure.canvas.draw()
     ticks = {text.get_text() for axis in (work, parameters) for text in axis.get_xticklabels(which="both")}
     assert {"10G", "20G", "50"} <= ticks and not any("$" in text for text in ticks)
@@ -151,7 +151,7 @@ def test_no_two_lines_have_one_colour_and_mark():
 @pytest.mark.parametrize(("first", "change"), [
     (0, lambda r: r["config"].update(model="perceptron")), (0, lambda r: r["config"].pop("model")),
     (1, lambda r: r.update(image_shape=[1, 8, 8])), (1, lambda r: r.update(rows_trained=None)),
-])  # fmt: skip
+])
 def test_compute_leaves_out_networks_that_cannot_be_built(tmp_path, zoo, joint, capsys, first, change):
     """Found by review: tracebacks; the last two also where only a seed after the group's first is so."""
     others = [make_run(tmp_path / f"other{s}", [[0.5] * 3], s, method="multihead", lr=0.5) for s in range(2)]
@@ -170,12 +170,12 @@ def test_compute_leaves_out_networks_that_cannot_be_built(tmp_path, zoo, joint, 
 def test_a_task_that_comes_twice_has_two_confusions(tmp_path):
     """Found by review: a KeyError. The second run has other names and another order; its shares are the same."""
     tasks = {"all 0": ([0, 1], [[0.9, 0.1]] * 2), "right": ([2, 3], [[0.9, 0.1], [0.1, 0.9]]),
-             "all 1": ([0, 1], [[0.1, 0.9]] * 2)}  # fmt: skip
+             "all 1": ([0, 1], [[0.1, 0.9]] * 2)}
     runs = []
     for order, keys in enumerate((["all 0", "right", "all 1"], ["right", "all 0", "all 1"])):
         labels, rows = zip(*map(tasks.get, keys), strict=True)
         folder = make_run(tmp_path / str(order), [[1.0 if key == "right" else 0.5 for key in keys]], method="multihead",
-                          tasks=labels, task_order=order, names=["x", "y", "z"] if order else None)  # fmt: skip
+                          tasks=labels, task_order=order, names=["x", "y", "z"] if order else None)
         logits = tuple(torch.tensor(of_task).log() for of_task in rows)
         (folder / "learners").mkdir()
         save_learner(learner_path(folder, 0), Learner((0, 1, 2), logits, logits, 1.0, 10, 20))
@@ -185,7 +185,7 @@ def test_a_task_that_comes_twice_has_two_confusions(tmp_path):
         panels = figure_of("confusion", folders).axes[:3]
         assert [axis.get_title() for axis in panels] == ["0 1", "2 3", "0 1"]
         assert [[text.get_text() for text in axis.texts] for axis in panels] == [
-            ["100", "0", "100", "0"], ["100", "0", "0", "100"], ["0", "100", "0", "100"]]  # fmt: skip
+            ["100", "0", "100", "0"], ["100", "0", "0", "100"], ["0", "100", "0", "100"]]
 
 
 def test_compute_leaves_out_what_does_not_say_its_cost(tmp_path, zoo, capsys):
@@ -219,7 +219,7 @@ def test_matrix_shows_means_of_what_was_seen(zoo, joint):
 
 @pytest.mark.parametrize(("kind", "ending"), [
     *((k, "svg") for k in [*plot.KINDS, "schematic"] if k != "confusion"), ("seen", "png"), ("seen", "pdf"),
-])  # fmt: skip
+])
 def test_every_kind_becomes_the_same_file_every_time(tmp_path, capsys, zoo, isolated, joint, kind, ending):
     runs = {"joint": joint, "draws": zoo, "schematic": []}.get(kind, zoo + isolated)
     files = [tmp_path / f"{i}.{ending}" for i in range(1 + (ending == "svg"))]
@@ -269,7 +269,7 @@ def test_dollars_in_names_are_no_mathematics(tmp_path):
     (["seen", "zoo0", "--file", "a.jpg"], "must end in .svg, .pdf, .png"),
     (["seen", "zoo0", "--file", "no/a.png"], "cannot be written"), (["draws", "iso", "--file", "a.png"], "nothing to"),
     (["seen", "iso", "--file", "a.png"], "nothing to draw"), (["joint", "joint1", "--file", "a.png"], "nothing to"),
-])  # fmt: skip
+])
 def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch, zoo, isolated, joint, arguments, message):
     monkeypatch.chdir(tmp_path)
     assert plot_of(*arguments) == 2
@@ -339,7 +339,7 @@ def test_methods_draws_each_task_and_the_mean_of_those_seen(zoo, isolated, joint
     figure = figure_of("methods", [*zoo, *isolated, joint[1]])
     first, second, third = figure.axes[:3]
     assert [axis.get_title().splitlines() for axis in (first, second, third)] == [
-        ["Model Zoo", "53.0 → 74.3 ± 7.5"], ["Isolated", "50.0 → 60.0"], ["Multi-Head", "at the end 70.0"]]  # fmt: skip
+        ["Model Zoo", "53.0 → 74.3 ± 7.5"], ["Isolated", "50.0 → 60.0"], ["Multi-Head", "at the end 70.0"]]
     *tasks, mean = first.lines
     assert [list(line.get_xdata()) for line in tasks] == [[1, 2, 3], [2, 3], [3]]
     assert [list(line.get_ydata()) for line in tasks] == [pytest.approx(y) for y in ([53, 63, 65], [73, 75], [83])]
@@ -371,7 +371,7 @@ def test_what_has_no_curve_stands_at_its_end(tmp_path, zoo, joint):
     multi = make_run(tmp_path / "multi", [[0.1, 0.2, 0.3], [0.7, 0.8, 0.9]], num_rounds=2, continual=False)
     figure = figure_of("methods", [joint[1], multi, zoo[0]])
     assert [axis.get_title().splitlines()[-1] for axis in figure.axes] == ["at the end 70.0", "at the end 80.0",
-                                                                          "50.0 → 71.3"]  # fmt: skip
+                                                                          "50.0 → 71.3"]
     assert list(figure.axes[1].lines[0].get_ydata()) == pytest.approx([80, 80])
     assert list(figure.axes[0].get_xlim()) == [0.5, 3.5]
 

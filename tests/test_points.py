@@ -17,7 +17,7 @@ def test_points_of_several_machines_make_one_figure(tmp_path):
     lots = {epochs: [make_run(tmp_path / f"{kind}-{epochs}-{seed}", [[x + 0.1 * (kind == "multihead")]], seed=seed,
                               method=kind, epochs=epochs, augment=True, cost=(1.0, 100 * epochs, 40))
                      for kind in ("modelzoo", "multihead") for seed, x in enumerate(finals)]
-            for epochs, finals in ((5, (0.72, 0.7, 0.74)), (20, (0.8,)))}  # fmt: skip
+            for epochs, finals in ((5, (0.72, 0.7, 0.74)), (20, (0.8,)))}
     for epochs, runs in lots.items():
         assert plot_of("compute", *runs, "--file", tmp_path / f"{epochs}.csv") == 0
     header, *rows = (tmp_path / "5.csv").read_text(encoding="utf-8").splitlines()
@@ -44,7 +44,7 @@ def test_points_of_several_machines_make_one_figure(tmp_path):
     (b"\xff\xfe\x00", "not a table of points"), ("HEADER\n", "holds no points"),
     ("HEADER\nx" + ",1" * 16 + "\n", "line 2: epochs must be a number"),
     ("HEADER" + ("\n1" + ",1" * 16) * 2 + "\n" + "1," * 7 + "inf" + ",1" * 9, "line 4: operations must be a number"),
-])  # fmt: skip
+])
 def test_points_that_are_none_are_one_line(text, message, tmp_path, capsys):
     file, header = tmp_path / "points.csv", ",".join(NUMBERS + TEXTS)
     if text is not None:
@@ -91,7 +91,7 @@ def test_points_may_have_empty_cells_blank_lines_and_a_byte_order_mark(tmp_path)
     ({"mean": "73", "low": "70", "high": "76"}, "mean must be a share in [0, 1], such as 0.73, and not per cent; not"),
     ({"low": "0.74"}, "mean 0.73 must lie from low to high, not 0.74 to 0.76"),
     ({"high": ""}, "mean 0.73 must lie from low to high, not 0.7 to empty"),
-])  # fmt: skip
+])
 def test_numbers_that_cannot_be_are_one_line(tmp_path, capsys, cells, message):
     """Found by review: they became empty cells or wrong points, and the line told was not the file's."""
     file = write_points(tmp_path / "a.csv", {"hardware": "two\nlines"}, {"epochs": "6"} | cells)
@@ -103,7 +103,7 @@ def test_numbers_that_cannot_be_are_one_line(tmp_path, capsys, cells, message):
 @pytest.mark.parametrize(("end", "message"), [
     ("1,2,3\n", "line 3: 3 cells, but 17 columns in line 1"), ("\n" + "1," * 18 + "1\n", "line 4: 19 cells, but 17"),
     ('"1"2,3\n', "line 3: not a table of points ("), ('1,"2\n', "line 3: not a table of points ("),
-])  # fmt: skip
+])
 def test_rows_of_other_lengths_and_stray_quotes_are_one_line(tmp_path, capsys, end, message):
     """Found by review: pandas filled short rows, and of longer ones made an index."""
     file = write_points(tmp_path / "a.csv", {}, end=end)
@@ -117,7 +117,7 @@ def test_rows_of_other_lengths_and_stray_quotes_are_one_line(tmp_path, capsys, e
      "tasks '3 tasks of toy' differs from '2 tasks of toy' in {a}, line 2; all points must have the same"),
     ({"model": "conv_9"}, "model 'conv_9' differs from 'conv' in {a}, line 2; the points of 'Model Zoo' must"),
     ({"samples": "samples 9"}, "samples 'samples 9' differs from 'all samples' in {a}, line 2; the points of 'Model"),
-])  # fmt: skip
+])
 def test_points_that_do_not_belong_together_are_one_line(tmp_path, cells, message):
     """Found by review: one line joined points of other tasks, models and samples."""
     a, b = write_points(tmp_path / "a.csv", {}), write_points(tmp_path / "b.csv", {"epochs": "6"}, cells)
@@ -131,7 +131,7 @@ def test_points_that_do_not_belong_together_are_one_line(tmp_path, cells, messag
 def test_the_same_tasks_under_two_names_are_points_of_one_text(tmp_path):
     """Or the file that plot.py writes would be one that it refuses."""
     runs = [make_run(tmp_path / name, [[0.5]], method=method, data_config=f"{name}.yaml")
-            for name, method in (("a", "modelzoo"), ("b", "multihead"))]  # fmt: skip
+            for name, method in (("a", "modelzoo"), ("b", "multihead"))]
     assert plot_of("compute", *runs, "--file", tmp_path / "points.csv") == 0
     assert read_points([tmp_path / "points.csv"])["tasks"].tolist() == ["1 task of a or 1 task of b"] * 2
 
@@ -140,9 +140,9 @@ def test_points_are_of_all_seeds_and_members(tmp_path):
     """Seeds that trained on 100, 300 and 200 rows; an ensemble of two networks; a frozen one is left out."""
     row = 46_877_280  # of conv on digits, by hand in test_plot.py
     zoo = [make_run(tmp_path / f"zoo{seed}", [[0.5]], seed=seed, cost=(1.0, rows, 40))
-           for seed, rows in enumerate((100, 300, 200))]  # fmt: skip
+           for seed, rows in enumerate((100, 300, 200))]
     joint = [make_run(tmp_path / model, [[0.5]], method="multihead", model=model, cost=(1.0, 10, 40))
-             for model in ("conv", "conv_20")]  # fmt: skip
+             for model in ("conv", "conv_20")]
     frozen = make_run(tmp_path / "frozen", [[0.5]], method="multihead", freeze=True)
     groups, _ = group_runs(read_runs("x", zoo))
     points = list_points(groups)

@@ -99,7 +99,7 @@ def test_a_frozen_backbone_is_a_linear_layer_on_its_features(pretrained, monkeyp
 @pytest.mark.parametrize("method, more", [
     ("modelzoo", ("--continual", "--inherit", "--save_nets", "--val_frac", "0.2")),
     ("multihead", ()),
-])  # fmt: skip
+])
 def test_frozen_runs_resume_and_their_opening_line_says_so(pretrained, capsys, method, more):
     write_yaml(pretrained / "hp.yaml", {**CONV, "weights": "mine.pt", "freeze": True, "augment": True})
     whole = start(pretrained, "a", *more, method=method)
@@ -156,7 +156,7 @@ def test_a_run_on_frozen_named_weights(workspace):
     ({"weights": "logits.pt"}, "logits.pt: holds no state dict; its network was not kept, which --save_nets does"),
     ({"model": "conv_81", "weights": "mine.pt"}, "mine.pt: weights of another network: layers.0.weight is [80"),
     ({"model": "wrn10_1", "weights": "mine.pt"}, "layers.0.weight is [80, 1, 3, 3] there, and [16, 1, 3, 3] in"),
-])  # fmt: skip
+])
 def test_what_cannot_be_begun_with_is_one_line(pretrained, capsys, monkeypatch, keys, message):
     def offline(*_, **__):
         raise OSError("offline")

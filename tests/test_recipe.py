@@ -23,7 +23,7 @@ from utils.search import read_search
 
 EVERYTHING = {"optimiser": "sgd", "momentum": 0.8, "warmup": 1, "clip_norm": 1.0, "label_smoothing": 0.1,
               "class_weights": "balanced", "lr_min": 1e-4, "best_epoch": True, "schedule": "cosine", "augment": True,
-              "width": 16, "epochs": 4}  # fmt: skip
+              "width": 16, "epochs": 4}
 
 
 def refuse(workspace, capsys, *more):
@@ -48,7 +48,7 @@ def refuse(workspace, capsys, *more):
     ({"class_weights": "auto"}, "class_weights: 'auto' is not one of balanced"),
     ({"best_epoch": "yes please"}, "best_epoch: 'yes please' is not true or false"),
     ({"best_epoch": True}, "best_epoch: needs --val_frac"),
-])  # fmt: skip
+])
 def test_a_mistake_in_a_key_is_one_line(workspace, capsys, keys, message):
     write_yaml(workspace / "hp.yaml", CONV | keys)
     assert message in refuse(workspace, capsys)
@@ -62,7 +62,7 @@ def test_a_mistake_in_a_key_is_one_line(workspace, capsys, keys, message):
     (("--val_frac", "0.2", "--samples", "1"), "has a single training row: none can be held out"),
     (("--lr", "0"), "--lr: 0.0 must be above 0"),
     (("--batch", "0"), "--batch: 0 must be at least 1"),
-])  # fmt: skip
+])
 def test_a_mistake_in_a_flag_is_one_line(workspace, capsys, words, message):
     assert message in refuse(workspace, capsys, *words)
 
@@ -113,14 +113,14 @@ def test_a_run_validates_on_rows_that_no_learner_trains_on(workspace, monkeypatc
     result = start(workspace, "a", "--continual", "--val_frac", "0.2", "--precision", "fp32")
     assert [len(images) for images in trained] == [16, 32, 48] and result["rows_trained"] == 2 * (16 + 32 + 48)
     train, _ = build_dataset("npz", [(0, 1), (2, 3), (4, 5)], workspace / "data", make_generator(0, 0, "data"),
-                             path="toy.npz")  # fmt: skip
+                             path="toy.npz")
     held = {image.numpy().tobytes() for image in hold_out(train, 0.2)[1].images}
     assert not held & {image.numpy().tobytes() for images in trained for image in images}
     lines = [json.loads(line) for line in (workspace / "runs/a/log.jsonl").read_text().splitlines()]
     assert all(0 <= line["val_accuracy"] <= 1 and line["val_loss"] > 0 for line in lines if "epoch" in line)
     # The last epoch's are of the network that joined the zoo: by hand, from the network itself.
     saved = start(workspace, "b", "--continual", "--val_frac", "0.2", "--save_nets", "--num_rounds", "1",
-                  "--precision", "fp32")  # fmt: skip
+                  "--precision", "fp32")
     learner = load_tensors(workspace / "runs/b/learners/000.pt", "cpu")
     net = modelzoo.Zoo.load(workspace / "runs/b", "cpu").nets[0]
     held = hold_out(train, 0.2)[1]
@@ -221,7 +221,7 @@ def test_any_choice_of_keys_trains_or_is_one_line(workspace, capsys):
     chance, statuses = random.Random(0), []
     values = {"optimiser": ["sgd", "adamw"], "momentum": [0, 0.5, 2], "warmup": [0, 0.5, 1, 9], "lr_min": [0, 1e-3, 1],
               "clip_norm": [0.1, 100, -1], "label_smoothing": [0, 0.2], "class_weights": ["balanced", "none"],
-              "best_epoch": [True, False], "schedule": list(SCHEDULES)}  # fmt: skip
+              "best_epoch": [True, False], "schedule": list(SCHEDULES)}
     assert values.keys() == {*OPTIONAL, "schedule"} - {"weights", "freeze"}
     for i in range(25):
         keys = {key: chance.choice(values[key]) for key in chance.sample(sorted(values), chance.randrange(len(values)))}

@@ -98,7 +98,7 @@ def test_every_format_opens_with_what_the_runs_are_of_and_what_the_spread_means(
     folders = [*make_seeds(tmp_path, "zoo", [0.5, 0.6, 0.8], samples=20), make_run(tmp_path / "b", [[0.5] * 3] * 3)]
     said = ["toy, 2 or 3 tasks; conv, 2 epochs, samples 20",
             "mean over seeds; sd: standard deviation with n - 1; 95 %: confidence interval of the mean by Student's t; "
-            "±: half its width"]  # fmt: skip
+            "±: half its width"]
     for form, mark in (("text", ""), ("markdown", ""), ("latex", "% "), ("csv", "report.py: ")):
         assert report_of(*folders, "--format", form, "--html", tmp_path / "page.html") == 0
         out, err = capsys.readouterr()
@@ -121,23 +121,23 @@ def test_every_format_opens_with_what_the_runs_are_of_and_what_the_spread_means(
            "                                     from    trained",
            "-----------------  ----------------  ----  ---------",
            "Model Zoo, lr 0.1  forgetting        5.00  1,234,567",
-           "Isolated           average accuracy     –          8"])])  # fmt: skip
+           "Isolated           average accuracy     –          8"])])
 def test_a_table_on_a_terminal_by_hand(width, lines):
     """Texts give way, the longest first, and headings of numbers take as little as they need."""
     table = pd.DataFrame({"group": ["Model Zoo, lr 0.1", "Isolated"], "metric": ["forgetting", "average_accuracy"],
-                          "low": [0.05, None], "rows_trained": [1234567, 8]})  # fmt: skip
+                          "low": [0.05, None], "rows_trained": [1234567, 8]})
     assert [line.rstrip() for line in report.to_grid(*report.to_texts(table), width).splitlines()] == lines
 
 
 def test_letters_of_east_asia_take_two_columns():
     table = report.to_texts(pd.DataFrame({"group": ["旋转数字旋转数字", "toy"], "n": [3, 12]}))
     assert report.to_grid(*table, 13).splitlines() == [
-        "group       n", "---------- --", "旋转数字旋  3", "转数字", "toy        12"]  # fmt: skip
+        "group       n", "---------- --", "旋转数字旋  3", "转数字", "toy        12"]
 
 
 def test_control_characters_of_paths_and_names_do_not_reach_the_terminal(tmp_path, capsys):
     folders = [make_run(tmp_path / f"{x}\x1b[2J", [[0.5, 0.5]] * 2, names=["a\x1b[2J", "b"], data_config="\x1b[2J.yaml")
-               for x in "ab"]  # fmt: skip
+               for x in "ab"]
     for form in ("text", "markdown", "latex", "csv"):
         assert report_of(*folders, tmp_path / "none\x1b[2J", "--format", form) == 0
         out, err = capsys.readouterr()
@@ -148,7 +148,7 @@ def test_control_characters_of_paths_and_names_do_not_reach_the_terminal(tmp_pat
 def test_folders_whose_names_are_not_utf_8_are_read(tmp_path, capsys):
     """Found by review: a UnicodeEncodeError of pandas. Two such folders stay two."""
     folders = [make_run(tmp_path / os.fsdecode(b"o" + byte), [[x, x]] * 2, s)
-               for s, (byte, x) in enumerate(((b"\xff", 0.5), (b"\xfe", 0.7)))]  # fmt: skip
+               for s, (byte, x) in enumerate(((b"\xff", 0.5), (b"\xfe", 0.7)))]
     assert report_of(*folders) == 0 and "60.00" in capsys.readouterr().out
     assert load_frame(folders)["run"].tolist() == [f"{tmp_path}/o\\udcff", f"{tmp_path}/o\\udcfe"]
     page = tmp_path / "page.html"
@@ -157,7 +157,7 @@ def test_folders_whose_names_are_not_utf_8_are_read(tmp_path, capsys):
 
 @pytest.mark.parametrize(("package", "words"), [
     ("pandas", []), ("jinja2", ["--format", "latex"]), ("jinja2", ["--html", "page.html"]),
-    ("matplotlib", ["--html", "page.html"])])  # fmt: skip
+    ("matplotlib", ["--html", "page.html"])])
 def test_a_missing_package_is_one_line_that_says_how_to_install_it(tmp_path, capsys, monkeypatch, package, words):
     folder = make_run(tmp_path / "zoo", [[0.5, 0.5]] * 2)
     monkeypatch.chdir(tmp_path)
@@ -172,7 +172,7 @@ def test_a_missing_package_is_one_line_that_says_how_to_install_it(tmp_path, cap
 def test_page_is_self_contained_and_escaped(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     folders = make_seeds(tmp_path, "zoo", [0.7, 0.72, 0.8], names=["<script>alert(1)</script>", "b & c"],
-                         data_config="<b>.yaml")  # fmt: skip
+                         data_config="<b>.yaml")
     folders.append(make_run(tmp_path / "iso", [[0.6] * 3] * 3, tasks_per_round=1))
     folders.append(make_run(tmp_path / "joint2", [[0.6] * 2], method="multihead"))
     folders.append(make_run(tmp_path / "joint3", [[0.6] * 3], method="multihead"))
@@ -204,9 +204,9 @@ def test_page_in_a_browser(tmp_path):
 
     assert report_of(*make_seeds(tmp_path, "zoo", [0.7, 0.72, 0.8]), "--html", tmp_path / "page.html") == 0
     browser = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
-               f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1200,3400"]  # fmt: skip
+               f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1200,3400"]
     subprocess.run([*browser, f"--screenshot={tmp_path / 'page.png'}", (tmp_path / "page.html").as_uri()],
-                   check=True, capture_output=True, timeout=60)  # fmt: skip
+                   check=True, capture_output=True, timeout=60)
     with Image.open(tmp_path / "page.png") as image:
         pixels = np.asarray(image.convert("RGB")).astype(int)
     # The figures were drawn: the blue of a dot and its whisker, and the heat map's darkest blue and lightest yellow.
@@ -219,17 +219,17 @@ def test_page_fits_a_screen_and_a_telephone(tmp_path, monkeypatch):
     """What is wide scrolls inside its own box: the page itself is as wide as the window."""
     monkeypatch.setattr(report, "make_figures", lambda groups: [("a figure", b"<svg width='900' height='9'/>")])
     folders = [make_run(tmp_path / ("long" * 50) / f"{lr}-{s}", [[lr, lr]] * 2, s, lr=lr, cost=(12345678, 9, 1871925))
-               for lr in (0.1, 0.2) for s in (0, 1)]  # fmt: skip
+               for lr in (0.1, 0.2) for s in (0, 1)]
     assert report_of(*folders, folders[0], "--html", tmp_path / "page.html") == 0
     frames = "".join(f"<iframe src='page.html' width='{width}' height='900'></iframe>" for width in (420, 1280))
     look = ("onload = () => document.title = [...document.querySelectorAll('iframe')].map(f => f.contentDocument)"
             ".map(d => [d.documentElement.scrollWidth - d.documentElement.clientWidth, "
-            "[...d.querySelectorAll('.wide')].some(w => w.scrollWidth > w.clientWidth)]).join(' ')")  # fmt: skip
+            "[...d.querySelectorAll('.wide')].some(w => w.scrollWidth > w.clientWidth)]).join(' ')")
     (tmp_path / "frames.html").write_text(f"{frames}<script>{look}</script>")
     done = subprocess.run(
         [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files",
          f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", (tmp_path / "frames.html").as_uri()],
-        check=True, capture_output=True, text=True, timeout=60)  # fmt: skip
+        check=True, capture_output=True, text=True, timeout=60)
     assert "<title>0,true 0,false</title>" in done.stdout
 
 
@@ -239,7 +239,7 @@ def test_every_format_has_the_numbers_by_hand(tmp_path, capsys, monkeypatch):
     # Forgetting of a zoo that ends at x and began 0.1 higher is 0.1, and Isolated's is 0.
     folders = [make_run(tmp_path / f"zoo{s}", [[x + 0.1, 0], [x, x]], s) for s, x in enumerate((0.70, 0.72, 0.74))]
     folders += [make_run(tmp_path / f"iso{s}", [[x, x]] * 2, s, tasks_per_round=1, cost=(s, 10 * s, 100 * s))
-                for s, x in enumerate((0.66, 0.70, 0.68))]  # fmt: skip
+                for s, x in enumerate((0.66, 0.70, 0.68))]
     rows = (
         # of costs the mean: seconds 0, 1 and 2, rows ten times, parameters a hundred times that
         ("Isolated", "3", "68.00", "2.00", "63.03", "72.97", "1.0", "10", "100", "1"),

@@ -34,7 +34,7 @@ MAIN = {
     "results/variants.py": variants.main,
     **{f"tools/{module.__name__.rpartition('.')[2]}.py": functools.partial(
         lambda main, argv: guard("x", lambda: main(argv)), module.main) for module in (peers, plot, report)},
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def toy(tmp_path, monkeypatch):
     write_yaml(tmp_path / "hp.yaml", {**CONV, "epochs": 1})
     return {"DATA_DIR": str(tmp_path), "OUT": str(tmp_path / "my runs"), "SEEDS": "0", "PEERS": "replay" * AVALANCHE,
             "FIGURE": str(tmp_path / "figure.png"), "TABLE": str(tmp_path / "table.md"), "EPOCHS": "1", "ORDERS": "0 1",
-            "ISOLATED": "0 1 2 3", "FIRST": "1", "SHORT": "2", "ZOOS": "0", "FIGURES": str(tmp_path)}  # fmt: skip
+            "ISOLATED": "0 1 2 3", "FIRST": "1", "SHORT": "2", "ZOOS": "0", "FIGURES": str(tmp_path)}
 
 
 def read_commands(script, toy, tmp_path):
@@ -91,7 +91,7 @@ def test_every_command_works_at_toy_size(script, toy, tmp_path, capsys):
 @pytest.mark.parametrize("script", ["inherit.sh", "variants.sh"])  # the others begin as the first does
 def test_without_data_a_script_ends_in_the_line_of_the_data(script, toy, tmp_path):
     environment = os.environ | toy | {"PYTHON": sys.executable, "DATA_DIR": str(tmp_path / "none"),
-                                      "https_proxy": "http://127.0.0.1:9"}  # fmt: skip
+                                      "https_proxy": "http://127.0.0.1:9"}
     done = subprocess.run([ROOT / "results" / script], env=environment, capture_output=True, text=True)
     assert done.returncode == 2
     lines = done.stderr.splitlines()
@@ -115,7 +115,7 @@ def grow(toy, tmp_path):
     def grow(way, *more):
         words = ["--data_config", str(tmp_path / "data.yaml"), "--hp_config", str(tmp_path / "hp.yaml"), "--data_dir",
                  str(tmp_path), "--out", str(tmp_path / "runs"), "--name", way, "--continual", "--inherit",
-                 "--save_nets", *more]  # fmt: skip
+                 "--save_nets", *more]
         status = MAIN["modelzoo.py"](words) if way == "chain" else variants.main([way, *words])
         assert status == 0
         folder = tmp_path / "runs" / way

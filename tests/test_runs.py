@@ -53,7 +53,7 @@ def test_continual_run_folder(workspace):
     folder = workspace / "runs/a"
     assert sorted(p.name for p in folder.rglob("*") if p.is_file()) == [
         "000.pt", "001.pt", "002.pt", "config.yaml", "lock", "log.jsonl", "result.json",
-        "rows.pt", "test_labels.pt"]  # fmt: skip
+        "rows.pt", "test_labels.pt"]
     assert result["method"] == "modelzoo" and result["classes"] == [[0, 1], [2, 3], [4, 5]]
     matrix = result["accuracy_matrix"]
     assert [[x is None for x in row] for row in matrix] == [[False, True, True], [False, False, True], [False] * 3]
@@ -118,7 +118,7 @@ def test_every_random_choice_derives_from_the_runs_seed_and_its_round(workspace,
         return original(seed, round, purpose, *device)
 
     for module, name in ((modelzoo, "make_generator"), (multihead, "make_generator"), (multihead, "derive_seed"),
-                         (run, "make_generator")):  # fmt: skip
+                         (run, "make_generator")):
         monkeypatch.setattr(module, name, functools.partial(note, getattr(module, name)))
     start(workspace, "a", "--continual", "--replay_frac", "0.2", "--seed", "7", "--epochs", "1")
     purposes = ("replay", "draw", "init", "shuffle", "augment", "dropout")
@@ -363,14 +363,14 @@ def test_damaged_test_labels_are_written_again(workspace):
 
 def test_a_run_goes_on_only_with_every_setting_that_decides_it(tmp_path):
     free = {"resume", "dry_run", "out", "name", "data_dir", "tensorboard", "extend", "data_config", "hp_config",
-            "capture"}  # fmt: skip
+            "capture"}
     settings = {f.name: 1 for f in fields(Settings)}
     with open_folder(tmp_path / "a", settings, False, {"hardware": "a CPU"}):
         pass
     for key in settings:
         refused = pytest.raises(ConfigError, match=f"was run with {key} 1, not 2")
         with contextlib.nullcontext() if key in free else refused, open_folder(
-            tmp_path / "a", settings | {key: 2}, True, {"hardware": "a CPU"}):  # fmt: skip
+            tmp_path / "a", settings | {key: 2}, True, {"hardware": "a CPU"}):
             pass
 
 

@@ -32,7 +32,7 @@ NAMES = ["dark", "middle", "bright"]
 def saved(workspace):
     """A run with networks, of three named tasks; returns its folder."""
     write_yaml(workspace / "data.yaml", {"dataset": "npz", "path": "toy.npz", "tasks": [[0, 1], [2, 3], [4, 5]],
-                                         "names": NAMES})  # fmt: skip
+                                         "names": NAMES})
     start(workspace, "a", "--continual", "--save_nets")
     return workspace / "runs" / "a"
 
@@ -59,16 +59,16 @@ def test_loaded_zoo_predicts_new_images_as_the_run_did(saved, tmp_path):
     ({}, 1e-7),
     # An older processor, which rounds otherwise and has no bfloat16 of its own.
     ({"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}, 5e-3),
-])  # fmt: skip
+])
 def test_a_fresh_process_needs_three_lines(workspace, environment, off):
     start(workspace, "a", "--continual", "--save_nets", "--precision", "bf16")
     saved = str(workspace / "runs" / "a")
     images = make_arrays()["test_images"]
     np.save(workspace / "images.npy", images)
     code = (f"from modelzoo import Zoo\nzoo = Zoo.load({saved!r}, device='cpu')\n"
-            f"print(zoo.predict(__import__('numpy').load({str(workspace / 'images.npy')!r}), 0).tolist())")  # fmt: skip
+            f"print(zoo.predict(__import__('numpy').load({str(workspace / 'images.npy')!r}), 0).tolist())")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True,
-                          env=os.environ | environment)  # fmt: skip
+                          env=os.environ | environment)
     found = torch.tensor(json.loads(done.stdout), dtype=torch.float64)
     torch.testing.assert_close(found, Zoo.load(saved, "cpu").predict(images, 0), rtol=0, atol=off)
 
@@ -147,7 +147,7 @@ def test_a_lost_learner_that_others_inherited_from_is_not_told_to_be_trained_aga
     (np.zeros((2, 24, 24), "uint8"), "grey", "'grey' is not one of dark, middle, bright"),
     (np.zeros((2, 24, 24), "uint8"), 3, "3 is not one of"),
     (np.zeros((2, 24, 24), "uint8"), 1.0, "1.0 is not one of"),
-])  # fmt: skip
+])
 def test_predict_refuses(saved, images, task, message):
     with pytest.raises((ConfigError, DataError), match=message):
         Zoo.load(saved, "cpu").predict(images, task)
@@ -182,7 +182,7 @@ def change_net(folder, tasks=None, **changes):
     (lambda f: change_net(f, tasks=[0, 99]), "001.pt: damaged or foreign"),
     (lambda f: change_net(f, mean=0.0), "001.pt: damaged or foreign .*mean 0.0"),
     (lambda f: (f / "config.yaml").write_text("settings: 3"), "config.yaml: damaged or foreign"),
-])  # fmt: skip
+])
 def test_a_damaged_or_foreign_run_is_one_line(saved, monkeypatch, tmp_path, breakage, message):
     monkeypatch.chdir(tmp_path)
     breakage(saved)
@@ -264,7 +264,7 @@ def brighten(workspace):
     (lambda w: learner_path(w / "runs" / "old", 1).write_bytes(b"cut"), [], "001.pt: damaged"),
     (lambda w: shutil.rmtree(w / "runs" / "old"), [], "config.yaml: cannot be read"),
     (None, ["--extend", ""], "config.yaml: cannot be read"),
-])  # fmt: skip
+])
 def test_what_cannot_be_extended_is_one_line_and_nothing_is_written(workspace, capsys, change, more, message):
     start(workspace, "old", "--continual", *shorten(workspace))
     if change:
@@ -287,7 +287,7 @@ def test_learners_of_another_machine_are_kept_though_its_draw_went_otherwise(wor
     old = start(workspace, "old", "--continual", "--tasks_per_round", "2")
     drawn, _ = old["rounds"][2]["tasks"]
     monkeypatch.setattr(modelzoo, "sample_tasks", lambda weights, n, generator: [1 - drawn] * n if len(weights) == 2
-                        else [0] * n)  # fmt: skip
+                        else [0] * n)
     monkeypatch.setattr(multihead, "train_learner", None)  # nothing is trained
     words = ["--continual", "--tasks_per_round", "2", "--extend", str(workspace / "runs/old")]
     assert numbers(start(workspace, "new", *words)) == numbers(old)
@@ -306,4 +306,4 @@ def test_a_saved_network_predicts_in_the_precision_of_its_run(workspace):
     zoo, arrays = Zoo.load(workspace / "runs/a", "cpu"), make_arrays()
     rows = np.concatenate([np.flatnonzero(arrays["test_labels"] == label) for label in (0, 1)])
     torch.testing.assert_close(zoo.predict(arrays["test_images"][rows], 0), zoo.predict_log_probs(0).exp(), rtol=1e-6,
-                               atol=1e-7)  # fmt: skip
+                               atol=1e-7)

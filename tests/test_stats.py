@@ -146,12 +146,12 @@ def test_seeds_that_agree_to_the_last_digit_stand_beside_others_without_a_warnin
     ([0, 1, 2, 3], "paired", "3", "3 of 4 seeds are shared: the differences are on these"),
     ([2, 3], "paired", "1", "1 of 3 seeds are shared: the differences are on these"),
     ([0, 1, 2], "paired", "3", ""), ([3, 4, 5], "Welch", "3, 3", ""), ([3], "Welch", "3, 1", ""),
-])  # fmt: skip
+])
 def test_pairs_are_not_bought_with_the_interval(tmp_path, capsys, seeds, test, n, note):
     """Found by review: one seed in common was enough for a paired test of n = 1."""
     folders = make_seeds(tmp_path, "zoo", [0.7, 0.72, 0.74])
     folders += [make_run(tmp_path / f"iso{s}", [[0.6 + 0.01 * s**2] * 2] * 2, seed=s, tasks_per_round=1)
-                for s in seeds]  # fmt: skip
+                for s in seeds]
     assert report_of(*folders, "--format", "csv") == 0
     out, err = capsys.readouterr()
     row = next(r for r in csv.DictReader(io.StringIO(out)) if r["minus"] and r["metric"] == "average_accuracy")

@@ -35,7 +35,7 @@ def test_a_package_that_hides_ours_is_named(tmp_path, name, first, script):
     (tmp_path / first).write_text("")
     (tmp_path / "sitecustomize.py").write_text(f"import {name}\n")
     done = subprocess.run([sys.executable, script, "-h"], cwd=ROOT, capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": str(tmp_path)})  # fmt: skip
+                          env=os.environ | {"PYTHONPATH": str(tmp_path)})
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert f"{tmp_path / first} is imported in place of {ROOT / name}: rename it, or put {ROOT} first" in done.stderr
 
@@ -92,7 +92,7 @@ def test_an_error_without_a_number_keeps_its_words(capsys):
 @pytest.mark.parametrize("text, what", [
     ("[[yes, no]]", "True"), ("[[2020-01-01, a]]", "datetime.date(2020, 1, 1)"), ("[[a, 1e3]]", "1000.0"),
     ("[[a, null]]", "None"), ("[[a, ~]]", "None"), ("[[a, {b: c}]]", "{'b': 'c'}"), ("[[Off, on]]", "False"),
-])  # fmt: skip
+])
 def test_class_names_that_yaml_reads_as_something_else_are_to_be_quoted(tmp_path, text, what):
     (tmp_path / "a.yaml").write_text(f"dataset: image_folder\npath: x\nsize: 24\ntasks: {text}\n")
     with pytest.raises(ConfigError) as e:
@@ -148,7 +148,7 @@ lr: 0.02
     ("lr: !!python/name:os.system", "could not determine a constructor"),
     ("lr: 0.1\n---\nlr: 0.2", "found another document"),
     ("\tlr: 1", "cannot start any token"), ("lr: *nowhere", "undefined alias"),
-])  # fmt: skip
+])
 def test_what_does_not_work_is_named(tmp_path, text, message):
     whole = {key: value for key, value in CONV.items() if key not in ("lr", "batch", "augment")}
     whole |= {key: CONV[key] for key in ("lr", "batch") if f"{key}:" not in text}
@@ -164,7 +164,7 @@ def test_seeds_of_a_grid_may_be_a_list(tmp_path, monkeypatch):
 
     monkeypatch.chdir(ROOT)
     grid = {"methods": "isolated", "data_config": "config/dataset/split_digits.yaml",
-            "hp_config": "config/hyperparam/small.yaml"}  # fmt: skip
+            "hp_config": "config/hyperparam/small.yaml"}
     for seeds in ([0, 1, 4], "0-1,4"):
         write_yaml(tmp_path / "grid.yaml", grid | {"seeds": seeds})
         assert [s.seed for s in read_grid(["--grid", str(tmp_path / "grid.yaml")])[0]] == [0, 1, 4]
@@ -229,7 +229,7 @@ def test_paths_with_home_and_backslashes(workspace, monkeypatch):
     (workspace / "sub").mkdir()
     (workspace / "data.yaml").rename(workspace / "sub/data.yaml")
     s = read_settings("x", "modelzoo", ["--data_config", ".\\sub\\data.yaml", "--hp_config", "~/hp.yaml",
-                                        "--data_dir=$WHERE/data", "--out=~/runs/"])  # fmt: skip
+                                        "--data_dir=$WHERE/data", "--out=~/runs/"])
     assert (s.data_config, s.hp_config) == ("./sub/data.yaml", f"{workspace}/hp.yaml")
     assert (s.data_dir, s.out) == (f"{workspace}/data", f"{workspace}/runs/")
 
@@ -239,7 +239,7 @@ def test_paths_with_home_and_backslashes(workspace, monkeypatch):
     ("/elsewhere/toy.npz", "path: /elsewhere/toy.npz is absolute; .*: set --data_dir for it"),
     ("~/toy.npz", "is absolute"), ("../toy.npz", r"path: \.\./toy.npz leads out of"),
     ("sub/../../toy.npz", "leads out of"),
-])  # fmt: skip
+])
 def test_absolute_paths_and_those_that_lead_out(workspace, path, message):
     message = message or "toy.npz is absolute; it is taken below --data_dir, .*: write toy.npz"
     with pytest.raises(DataError, match=message):
@@ -303,7 +303,7 @@ def test_dropout_is_searched_where_there_is_any(tmp_path):
     ("--sample", "did you mean --samples?"), ("--tasks_per_rounds", "did you mean --tasks_per_round?"),
     ("--data-dir", "did you mean --data_dir?"), ("--contineous", "did you mean --continual?"),
     ("--xyzzy", "--xyzzy 3\n"),
-])  # fmt: skip
+])
 def test_flags_misspelt(workspace, capsys, word, message):
     assert command("modelzoo.py", "modelzoo", modelzoo.run, flags(workspace, word, "3")) == 2
     assert message in capsys.readouterr().err

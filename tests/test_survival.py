@@ -155,11 +155,11 @@ def test_twenty_killed_runs_whose_learners_inherit_resume_to_the_same_result(dig
 @pytest.mark.parametrize("method, more", [
     ("multihead", ()),
     ("modelzoo", ("--continual", "--num_rounds", "2")),
-])  # fmt: skip
+])
 def test_learner_goes_on_from_its_checkpoint(workspace, monkeypatch, capsys, method, more):
     """Dropout, augmentation, momentum, order and the learning rate all go on where they stood."""
     write_yaml(workspace / "hp.yaml", {**CONV, "model": "wrn10_1", "dropout": 0.3, "augment": True, "epochs": 4,
-                                       "schedule": "cosine"})  # fmt: skip
+                                       "schedule": "cosine"})
     more = (*more, "--samples", "3")
     whole = start(workspace, "a", *more, method=method)
     last = len(whole["rounds"]) - 1
@@ -249,7 +249,7 @@ def lacks(call, number, step=1):
     ("fsync", errno.ENOSYS, 1, "does not support flushing files to disk"),
     ("flock", errno.ENOLCK, 1, "does not support locks: start no other run in this folder meanwhile"),
     ("flock", errno.ENOTSUP, 1, "does not support locks"), ("flock", errno.ENOSYS, 1, None),
-])  # fmt: skip
+])
 def test_file_systems_of_clusters_that_lack_a_call(workspace, call, number, step, note):
     whole = start(workspace, "a", "--continual")
     code, output = finish(spawn(workspace, "--continual", "--name", "b", setups=[partial(lacks, call, number, step)]))
@@ -258,7 +258,7 @@ def test_file_systems_of_clusters_that_lack_a_call(workspace, call, number, step
 
 
 @pytest.mark.parametrize("number, words", [(errno.ENOSPC, "No space left"), (errno.EIO, "Input/output error"),
-                                           (errno.EDQUOT, "quota exceeded")])  # fmt: skip
+                                           (errno.EDQUOT, "quota exceeded")])
 def test_a_flush_that_failed_is_never_passed_over(workspace, number, words):
     """NFS tells of a full disk only then."""
     code, output = finish(spawn(workspace, "--name", "b", setups=[partial(lacks, "fsync", number)]))
@@ -341,7 +341,7 @@ def test_signals_end_the_run_with_one_line(workspace, number):
     lambda data: data[:-1],
     lambda data: data[:1000] + bytes([data[1000] ^ 1]) + data[1001:],
     lambda data: b"not a learner",
-])  # fmt: skip
+])
 def test_damaged_learner_is_set_aside_and_trained_again(workspace, capsys, damage):
     whole = start(workspace, "a", "--continual")
     file = workspace / "runs/a/learners/001.pt"
@@ -376,7 +376,7 @@ def test_learner_of_another_run_is_not_mixed_in(workspace, capsys):
 @pytest.mark.parametrize("change", [
     {"seconds": "x"}, {"tasks": 7}, {"test_logits": 3}, {"parameters": None},
     {"train_logits": [torch.full((20, 2), float("nan"))]},
-])  # fmt: skip
+])
 def test_whole_files_with_foreign_content_are_trained_again(workspace, capsys, change):
     """A checksum proves that a file is whole, not that it is ours."""
     whole = start(workspace, "a", "--continual", "--num_rounds", "1")
@@ -406,7 +406,7 @@ def test_whole_learner_that_memory_has_no_room_for_is_kept(workspace, capsys, mo
 @pytest.mark.parametrize("work, line", [
     (lambda: torch.empty(2**50), "too little memory with batch 8"),
     (lambda: torch.empty(-1), None),
-])  # fmt: skip
+])
 def test_a_cpu_without_room_is_one_line_and_other_errors_stay(workspace, monkeypatch, capsys, work, line):
     monkeypatch.setattr(multihead, "train_net", lambda *args, **kwargs: work())
     argv = flags(workspace, "--device", "cpu")
@@ -459,7 +459,7 @@ def test_foreign_folder_is_left_alone(workspace, capsys):
     ({"tasks": [0, 1, 2], "epoch": 9, "seconds": 0.0, "snapshot": {}}, "not of this run"),
     (7, "not of this run"),
     ({"tasks": [0, 1, 2], "epoch": 1, "seconds": 0.0, "snapshot": {"epoch": 1}}, "not of this network"),
-])  # fmt: skip
+])
 def test_foreign_checkpoint_is_set_aside(workspace, capsys, content, message):
     whole = start(workspace, "a", method="multihead")
     for name in ("result.json", "learners/000.pt"):

@@ -82,7 +82,7 @@ def test_a_grid_is_every_method_on_every_file_with_every_seed(files):
     assert names([*argv, "--samples", "5", *files]) == [
         f"two-small-{method}-samples=5-seed={seed}" for seed in (0, 1, 7)
         for method in ("modelzoo-continual-num_rounds=1", "modelzoo-continual-tasks_per_round=1", "multihead")
-    ]  # fmt: skip
+    ]
 
 
 def test_a_grid_file_says_the_same_as_flags_which_go_over_it(files):
@@ -160,7 +160,7 @@ def test_a_sweep_makes_the_runs_of_the_ordinary_commands(files, local_ray, capsy
 @pytest.mark.parametrize("content", [
     "[1]", "{", '{"config": [], "average_accuracy": 0.5, "seconds": 1}',
     '{"config": null, "average_accuracy": 0.5, "seconds": 1}', '{"config": {}, "average_accuracy": "x", "seconds": 1}',
-])  # fmt: skip
+])
 def test_a_damaged_result_is_one_line(files, content):
     """Found by review: a traceback ended the whole sweep."""
     settings = read_settings("multihead.py", "multihead", [*files, "--name", "damaged"])
@@ -201,9 +201,9 @@ def test_files_of_a_node_that_does_not_share_the_folder_come_through_ray(files, 
 def node(environment, *flags):
     """A Ray node of one core as processes of their own; kills them all, by the group that they are in."""
     command = [sys.executable, "-c", "from ray.scripts.scripts import main; main()", "start", "--block", "--num-cpus=1",
-               "--object-store-memory=100000000", *flags]  # fmt: skip
+               "--object-store-memory=100000000", *flags]
     process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)  # fmt: skip
+                               stderr=subprocess.DEVNULL)
     try:
         yield process
     finally:
@@ -230,7 +230,7 @@ def listens(port):
 def begun(grid):
     """The names of the run folders that have a log but no result."""
     return [name for name in grid if (Path("runs") / name / "log.jsonl").exists()
-            and not (Path("runs") / name / "result.json").exists()]  # fmt: skip
+            and not (Path("runs") / name / "result.json").exists()]
 
 
 @needs_ray
@@ -241,7 +241,7 @@ def test_a_killed_nodes_runs_are_finished_on_the_other(files):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32),
-                                "RAY_USAGE_STATS_ENABLED": "0"}  # fmt: skip
+                                "RAY_USAGE_STATS_ENABLED": "0"}
     flags = ["--seeds", "0-3", "--device", "cpu", "--epochs", "60"]
     argv = ["--methods", "modelzoo --continual", "isolated", *flags, *files]
     grid = names(argv)
@@ -256,7 +256,7 @@ def test_a_killed_nodes_runs_are_finished_on_the_other(files):
         lost = second.enter_context(node(environment, f"--address={address}", "--node-ip-address=127.0.0.2"))
         wait_for("second node", lambda: count_nodes(environment, address) == 2)
         with subprocess.Popen([*command, "--address", address], env=environment, stdout=subprocess.PIPE, text=True,
-                              stderr=subprocess.STDOUT) as process:  # fmt: skip
+                              stderr=subprocess.STDOUT) as process:
             wait_for("run on each node", lambda: len(begun(grid)) == 2)
             os.killpg(lost.pid, signal.SIGKILL)
             out, _ = process.communicate(timeout=300)
@@ -271,7 +271,7 @@ def test_a_killed_nodes_runs_are_finished_on_the_other(files):
 def count_nodes(environment, address):
     """How many nodes of the cluster at `address` are alive, asked from a process of its own."""
     code = (f"import ray; ray.init('{address}', log_to_driver=False, logging_level=40);"
-            "print(sum(node['Alive'] for node in ray.nodes()))")  # fmt: skip
+            "print(sum(node['Alive'] for node in ray.nodes()))")
     asked = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     return int(asked.stdout or 0)
 
@@ -296,7 +296,7 @@ def test_a_finished_run_of_another_precision_is_not_taken_for_this_one(files):
 @pytest.mark.parametrize("words", [
     ["--methods", "multihead", "--seed", "5"], ["--methods", "multihead --seed=5"],
     ["--methods", "multihead --hp_config other.yaml"],
-])  # fmt: skip
+])
 def test_what_the_grid_would_override_is_refused(files, words):
     """Found by review: --seed 5 went to every run, and then the grid's own seed, 0, over it."""
     with pytest.raises(ConfigError, match="a run has that of the grid; give --(seeds|hp_config) outside"):

@@ -98,7 +98,7 @@ def test_cores_are_those_of_the_process_and_of_its_container(monkeypatch):
     read_text = Path.read_text
     for limit, cores in (("max 100000", 12), ("250000 100000", 3), ("50000 100000", 1), ("9999999 100000", 12)):
         monkeypatch.setattr(Path, "read_text", lambda self, *a, limit=limit, **k:
-                            limit if self.name == "cpu.max" else read_text(self, *a, **k))  # fmt: skip
+                            limit if self.name == "cpu.max" else read_text(self, *a, **k))
         assert device.count_cores() == cores
 
 
@@ -107,7 +107,7 @@ def test_cores_are_those_of_the_process_and_of_its_container(monkeypatch):
     ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE None"),
     ({"OMP_WAIT_POLICY": "PASSIVE"}, "PASSIVE None"),
     ({"GOMP_SPINCOUNT": "7"}, "PASSIVE 7"),
-])  # fmt: skip
+])
 def test_threads_wait_without_their_cores_unless_told_otherwise(given, waits):
     """Before torch is loaded."""
     names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")

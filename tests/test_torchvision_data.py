@@ -33,7 +33,7 @@ REAL = vars(torchvision.datasets)
     *((name, {"split": "train"}, {"split": "val"}) for name in ("CLEVRClassification", "ImageNet", "Imagenette")),
     ("Places365", {"split": "train-standard"}, {"split": "val"}),
     ("INaturalist", {"version": "2021_train"}, {"version": "2021_valid"}),
-])  # fmt: skip
+])
 def test_constructors_are_understood_by_their_signatures(tmp_path, name, train, test):
     """And torchvision's own code takes what they are asked for: it refuses a split that it does not have."""
     make = find_class(name, REAL)
@@ -154,7 +154,7 @@ def test_train_and_test_of_a_flag_and_what_the_cache_holds(tmp_path, fakes, monk
     assert load_npz(tmp_path / "Digits.npz")[1][1].tolist() == [4, 0, 2]  # it is a file of dataset: npz as well
     monkeypatch.undo()
     train, _ = build_dataset("torchvision", [(2, 4)], tmp_path, make_generator(0, 0, "data"),
-                             keywords=(("name", "Digits"),))  # fmt: skip
+                             keywords=(("name", "Digits"),))
     assert train.images[:, 0, 0, 0].tolist() == [20, 30, 0] and train.labels.tolist() == [0, 0, 1]
     assert train.class_names == (("bee", "d"),) and train.flip is False
 
@@ -199,7 +199,7 @@ def test_on_a_folder_that_cannot_be_written_the_rows_are_the_same(tmp_path, fake
     ((("name", "Pets"), ("split", "test")), "split: torchvision's Pets takes no such keyword .*its own are folds"),
     ((("name", "QMNIST"), ("what", "nist")), "what: torchvision's QMNIST takes no such keyword"),
     ((("name", "Letters"), ("split", "letter")), "Letters refuses a keyword .Unknown value 'letter' for argument"),
-])  # fmt: skip
+])
 def test_what_is_refused(tmp_path, fakes, keywords, message):
     with pytest.raises(DataError, match=message):
         load_vision(keywords, tmp_path)
@@ -241,7 +241,7 @@ def test_fashion_mnist_from_torchvisions_own_files(workspace):
     write_yaml(workspace / "data.yaml", {"dataset": "torchvision", "name": "FashionMNIST", "tasks": [[9, 0], [3, 4]]})
     for _ in range(2):  # torchvision's files, then the cache
         train, test = build_dataset("torchvision", [(9, 0), (3, 4)], workspace / "data", make_generator(0, 0, "data"),
-                                    keywords=(("name", "FashionMNIST"),))  # fmt: skip
+                                    keywords=(("name", "FashionMNIST"),))
         for data, split in ((train, "train"), (test, "test")):
             rows = [row for label in (9, 0, 3, 4) for row in range(label, len(expected[split]), 10)]
             assert np.array_equal(data.images[:, 0], expected[split][rows])
@@ -279,9 +279,9 @@ def test_labels_that_are_none_and_damaged_images(tmp_path, fakes, monkeypatch):
 
 def test_names_in_a_cache_from_elsewhere(tmp_path):
     arrays = {f"{s}_{w}": np.zeros((2, 9, 9) if w == "images" else 2, np.uint8)
-              for s in ("train", "test") for w in ("images", "labels")}  # fmt: skip
+              for s in ("train", "test") for w in ("images", "labels")}
     for names, message in ((np.arange(3), r"class_names must be texts \[C\], not int64"),
-                           (np.array(["a", "b\x1b[2J"]), "cannot be printed on one line")):  # fmt: skip
+                           (np.array(["a", "b\x1b[2J"]), "cannot be printed on one line")):
         np.savez(tmp_path / "Digits.npz", **arrays, class_names=names)
         with pytest.raises(DataError, match=message):
             load_vision((("name", "Digits"),), tmp_path)
@@ -305,7 +305,7 @@ def test_the_dataset_file(tmp_path, workspace, capsys):
         ({"name": "DTD", "partition": [1]}, "partition: [1] is not a short text, a number, true or false"),
         ({"name": "DTD", "flip": 1}, "flip: 1 is not true or false"),
         ({"name": "DTDD"}, "name: torchvision.datasets has no class DTDD; did you mean DTD?"),
-    ):  # fmt: skip
+    ):
         write_yaml(workspace / "data.yaml", {"dataset": "torchvision", "tasks": [[0, 1]], **content})
         assert cli.command("x", "modelzoo", prepare, flags(workspace)) == 2
         err = capsys.readouterr().err
@@ -317,7 +317,7 @@ def test_whether_images_are_mirrored_is_the_files_to_say(workspace, written, mir
     write_yaml(workspace / "data.yaml", {"dataset": "npz", "path": "toy.npz", "tasks": [[0, 1]], **written})
     found = read_dataset(workspace / "data.yaml")
     build = build_dataset("npz", [(0, 1)], workspace / "data", make_generator(0, 0, "data"), path="toy.npz",
-                          flip=found["flip"])  # fmt: skip
+                          flip=found["flip"])
     assert [data.flip for data in build] == [mirrored] * 2
 
 

@@ -92,7 +92,7 @@ def make_training(seed=0):
 
 
 TRAINING = {"epochs": 2, "batch": 8, "lr": 0.05, "l2_reg": 0.01, "schedule": "cosine", "augment": False,
-            "flip": False, "precision": "fp32"}  # fmt: skip
+            "flip": False, "precision": "fp32"}
 
 
 def train(net, seed=0, **changes):
@@ -107,7 +107,7 @@ def train(net, seed=0, **changes):
     {"momentum": 0.0, "schedule": "constant"},
     {"optimiser": "adamw", "lr": 0.0005, "clip_norm": 0.1},
     {"optimiser": "adamw", "lr": 0.003, "lr_min": 0.001, "warmup": 1.0, "label_smoothing": 0.1},
-], ids=lambda recipe: " ".join(recipe))  # fmt: skip
+], ids=lambda recipe: " ".join(recipe))
 def test_training_equals_a_plain_loop_in_float64(recipe):
     """Two epochs of batches 8, 8 and 4, heads of 3 and 2 classes; every update written out."""
     net = build_net("conv", (1, 28, 28), [3, 2], 0.0, seed=1)
@@ -223,7 +223,7 @@ def test_no_gpu_is_there_and_why(monkeypatch):
      "cuda:0 cannot be used .CUDA error: all CUDA-capable devices are busy or unavailable more.; see who uses it"),
     ((9, 0), ["sm_75"], torch.OutOfMemoryError("CUDA out of memory. Tried to"), "cannot be used .its memory is full."),
     ((9, 0), ["sm_75"], RuntimeError("no kernel image is available"), "cannot be used .no kernel image is available."),
-])  # fmt: skip
+])
 def test_a_gpu_that_cannot_compute_is_one_line(monkeypatch, capability, kernels, trouble, message):
     def ones(*_, **__):
         if trouble:
@@ -276,11 +276,11 @@ def test_a_gpu_on_which_cuda_does_not_start(monkeypatch):
     ("cpu", {"avx512_f": True, "avx512_bf16": True}, "bf16"),
     ("cpu", {"avx512_f": True, "avx512_bf16": False}, "fp32"),
     ("cpu", {"architecture": "aarch64"}, "fp32"),
-])  # fmt: skip
+])
 def test_auto_is_bf16_where_the_processor_multiplies_it(monkeypatch, device, has, chosen):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has.get("native") or
-                        including_emulation)  # fmt: skip
+                        including_emulation)
     assert choose_precision("auto", torch.device(device)) == chosen
     assert choose_precision("fp32", torch.device(device)) == "fp32"
     assert choose_precision("bf16", torch.device(device)) == "bf16"
@@ -355,7 +355,7 @@ def test_the_loss_scaler_unscales_and_skips_infinite_gradients():
 
 def test_training_computes_in_the_precision_asked_for():
     losses = [train(build_net("conv", (1, 28, 28), [3, 2], 0.0, seed=1), precision=p)[0]["train_loss"]
-              for p in ("bf16", "fp32")]  # fmt: skip
+              for p in ("bf16", "fp32")]
     assert losses[0] == pytest.approx(losses[1], rel=0.02) and losses[0] != losses[1]
 
 

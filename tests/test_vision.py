@@ -83,7 +83,7 @@ def test_batch_norm_of_a_single_value_per_channel_is_that_of_evaluation():
     ("alexnet", (3, 28, 28), "model alexnet cannot take images of 28 x 28 pixels"),
     ("squeezenet1_0", (3, 64, 64), "model squeezenet1_0 has no linear head to replace"),
     ("resnet18", (4, 32, 32), "model resnet18 needs images of 1 or 3 channels, not 4"),
-])  # fmt: skip
+])
 def test_what_cannot_work_says_so(model, shape, message):
     with pytest.raises(ValueError) as e:
         build_net(model, shape, [2], 0.0, seed=0)
@@ -93,7 +93,7 @@ def test_what_cannot_work_says_so(model, shape, message):
 
 def test_it_is_one_line_before_training_and_a_misspelt_name_has_a_suggestion(workspace, capsys):
     for model, message in (("alexnet", "model alexnet cannot take images of 24 x 24 pixels"),
-                           ("resnet19", "did you mean resnet1")):  # fmt: skip
+                           ("resnet19", "did you mean resnet1")):
         write_yaml(workspace / "hp.yaml", {**CONV, "model": model})
         assert command("modelzoo.py", "modelzoo", modelzoo.run, flags(workspace, "--continual")) == 2
         err = capsys.readouterr().err

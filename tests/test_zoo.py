@@ -78,7 +78,7 @@ def test_weights_decide_the_draw():
 
     def draws(naive):
         return [choose(zoo, 10, tasks_per_round=2, naive=naive, generator=make_generator(seed, 10, "draw"))[0][0]
-                for seed in range(20)]  # fmt: skip
+                for seed in range(20)]
 
     assert draws(naive=False).count(9) >= 18
     assert draws(naive=True).count(9) < 10  # 2 are expected
@@ -90,7 +90,7 @@ def test_weights_are_equal_before_the_first_learner_even_where_class_counts_diff
 
 def test_seed_and_round_reach_the_draw():
     draws = {tuple(sample_tasks(torch.ones(10), 5, make_generator(seed, k, "draw")))
-             for seed in range(3) for k in range(3)}  # fmt: skip
+             for seed in range(3) for k in range(3)}
     assert len(draws) == 9
     assert len({derive_seed(seed, k, use) for seed in (0, 1) for k in (0, 1) for use in ("draw", "init")}) == 8
 
@@ -126,7 +126,7 @@ def test_zoo_speaks_with_the_learners_that_know_the_task():
 @pytest.mark.parametrize("r, weigh_by_round, mean", [
     (1.0, False, 0.45), (0.5, False, 0.525),  # (.75 + .5 + .1) / 3, (2 * .75 + .5 + .1) / 4
     (1.0, True, 2.15 / 7), (0.5, True, 0.3625),  # (.75 + 2 * .5 + 4 * .1) / 7, (2 * .75 + 2 * .5 + 4 * .1) / 8
-])  # fmt: skip
+])
 def test_three_learners(r, weigh_by_round, mean):
     """And one of another task, which comes third."""
     labels = [torch.tensor([0])] * 2

@@ -89,7 +89,7 @@ def measure_training(model, batch, device, precision, seconds):
     rows = torch.randint(0, ROWS, (steps * batch,), device=device)
     epochs = train_net(net, images, rows, rows % TASKS, rows % CLASSES, epochs=10**6, batch=batch, lr=1e-3,
                        l2_reg=1e-5, schedule="constant", augment=True, flip=True, precision=precision,
-                       generators=generators)  # fmt: skip
+                       generators=generators)
     next(epochs)  # warm: kernels chosen, memory taken
     times, end = [], time.perf_counter() + seconds
     while time.perf_counter() < end or len(times) < 3:
@@ -100,7 +100,7 @@ def measure_training(model, batch, device, precision, seconds):
     rate = batch / statistics.median(times)
     peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
     return {"model": model, "batch": batch, "ms": ms, "rows_per_s": rate, "flop_per_row": flops,
-            "flop_per_s": rate * flops, "peak_mib": peak}  # fmt: skip
+            "flop_per_s": rate * flops, "peak_mib": peak}
 
 
 def train_textbook(folder, model, device):
@@ -172,12 +172,12 @@ def compare_textbook(model, device, precision, repeats):
         for i in range(repeats):
             ours = ["multihead.py", "--data_config", folder / "data.yaml", "--hp_config", folder / f"{model}.yaml",
                     "--data_dir", folder, "--out", folder / "runs", "--name", f"run{i}", "--device", device,
-                    "--precision", precision]  # fmt: skip
+                    "--precision", precision]
             theirs = ["tools/bench.py", "--run_textbook", folder, "--models", model, "--device", device]
             for key, words in (("ours", ours), ("textbook", theirs)):
                 start = time.perf_counter()
                 subprocess.run([sys.executable, "-W", "ignore", *map(str, words)], cwd=ROOT, check=True,
-                               stdout=subprocess.DEVNULL)  # fmt: skip
+                               stdout=subprocess.DEVNULL)
                 seconds[key].append(time.perf_counter() - start)
     ratios = [b / a for a, b in zip(*seconds.values(), strict=True)]
     return {"model": model, **seconds, "ratio": statistics.median(ratios)}
@@ -219,13 +219,13 @@ def main(flags):
     if flags.textbook:
         found["textbook"] = [compare_textbook(model, device, precision, flags.repeats) for model in flags.models]
         rows = [(r["model"], *(f"{statistics.median(r[k]):.1f}" for k in ("ours", "textbook")), f"{r['ratio']:.2f}")
-                for r in found["textbook"]]  # fmt: skip
+                for r in found["textbook"]]
         say("One learner, 3 tasks x 2 epochs, batch 16, whole processes")
         print_table(["network", "seconds", "textbook's", "ratio"], rows)
     else:
         found["matrix_flop_per_s"] = measure_matrix_rate(device, precision)
         found["training"] = [measure_training(model, batch, device, precision, flags.seconds)
-                             for model in flags.models for batch in flags.batches]  # fmt: skip
+                             for model in flags.models for batch in flags.batches]
         rows = []
         for r in found["training"]:
             r["share"] = r["flop_per_s"] / found["matrix_flop_per_s"]
@@ -233,7 +233,7 @@ def main(flags):
             memory = "–" if r["peak_mib"] is None else f"{r['peak_mib']:.0f}"
             rows.append((r["model"], str(r["batch"]), f"{median:.2f}", f"{low:.2f} to {high:.2f}",
                          f"{r['rows_per_s']:,.0f}", f"{r['flop_per_s'] / 1e9:,.0f}", f"{100 * r['share']:.1f} %",
-                         memory))  # fmt: skip
+                         memory))
         say(f"Training; matrix products reach {found['matrix_flop_per_s'] / 1e9:,.0f} GFLOP/s")
         print_table(["network", "batch", "ms per step", "least to greatest", "rows/s", "GFLOP/s", "share", "MiB"], rows)
     if flags.json:

@@ -63,7 +63,7 @@ class ZooModule(nn.Module):
                 sums[t] = sums[t] + p if t in sums else p
         # Not len(x): that would fix the batch size in the file.
         return {name: sums[t] / self.weights[t] if t in sums else x.new_full((x.shape[0], c), 1 / c)
-                for t, (name, c) in enumerate(zip(self.names, self.classes, strict=True))}  # fmt: skip
+                for t, (name, c) in enumerate(zip(self.names, self.classes, strict=True))}
 
 
 def describe(module, class_names):
@@ -92,7 +92,7 @@ def to_onnx(program, names, about):
     """The bytes of an .onnx file; input `images`, an output `task <name>` for each of `names`, in their order."""
     # The word before the name keeps a task called relu apart from the graph's own values.
     onnx = torch.onnx.export(program, dynamo=True, verbose=False, input_names=["images"],
-                             output_names=[f"task {name}" for name in names])  # fmt: skip
+                             output_names=[f"task {name}" for name in names])
     onnx.model.metadata_props["tasks"] = about
     return onnx.model_proto.SerializeToString()
 
@@ -126,7 +126,7 @@ def main(argv=None):
     data = to_pt2(program, about) if ending == ".pt2" else to_onnx(program, module.names, about)
     write_file(flags.file, data)
     say(f"{flags.file}: {len(zoo.nets)} networks, {len(zoo.names)} tasks, {len(data) / 1e6:.1f} MB; takes uint8 images "
-        f"[N, {', '.join(map(str, module.image_shape))}]")  # fmt: skip
+        f"[N, {', '.join(map(str, module.image_shape))}]")
     return 0
 
 

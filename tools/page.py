@@ -66,7 +66,7 @@ def make_page(head, tables, notes, figures):
     """
     with require("pandas").option_context("display.max_colwidth", None):
         tables = [(title, table.to_html(index=False, border=0, classes=f"texts{align.count('left')}"))
-                  for title, (table, align) in tables.items()]  # fmt: skip
+                  for title, (table, align) in tables.items()]
     figures = [(title, base64.b64encode(svg).decode()) for title, svg in figures]
     template = require("jinja2").Environment(autoescape=True, trim_blocks=True).from_string(PAGE)
     return template.render(head=head, tables=tables, notes=notes, figures=figures)

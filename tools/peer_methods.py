@@ -60,7 +60,7 @@ class Wrapped(MultiTaskModule):
         if x.dim() > 1 and task_labels is None:
             features = run_backbone(self.net, x, self.precision).float()
             return {t: self.net.heads(features, torch.full((len(x),), t, device=x.device))
-                    for t in sorted(self.known_train_tasks_labels)}  # fmt: skip
+                    for t in sorted(self.known_train_tasks_labels)}
         images, heads = (x, task_labels) if x.dim() > 1 else (self.take_images(x), self.heads[x])
         return forward(self.net, images, heads, self.precision).clamp(min=ABSENT)
 
@@ -103,7 +103,7 @@ class Packed(Wrapped, PackNetModule):
         super().__init__(net, *more)
         owned = [(p, torch.zeros_like(p, dtype=torch.short)) for p in net.backbone.parameters()]
         owned += [(p, torch.arange(len(p), device=p.device).view(-1, *[1] * (p.dim() - 1)).expand_as(p))
-                  for p in net.heads.parameters()]  # fmt: skip
+                  for p in net.heads.parameters()]
         self.parts = [(p, owner, p.detach().clone()) for p, owner in owned]
         self.masks = [owner for p, owner in owned if p.dim() == 4]  # all that must be kept to tell tasks apart
 

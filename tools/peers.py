@@ -42,10 +42,10 @@ from utils.run_net import (
 
 # The methods, the names that Avalanche gives them, and the flags of single ones.
 METHODS = {"naive": "Naive", "replay": "Replay", "ewc": "EWC", "agem": "AGEM", "lwf": "LwF", "der": "DER",
-           "packnet": "PackNet", "pnn": "PNN", "joint": "JointTraining"}  # fmt: skip
+           "packnet": "PackNet", "pnn": "PNN", "joint": "JointTraining"}
 FLAGS = {"memory": ("replay", "agem", "der"), "ewc_lambda": ("ewc",), "lwf_alpha": ("lwf",),
          "lwf_temperature": ("lwf",), "der_alpha": ("der",), "der_beta": ("der",), "prune_share": ("packnet",),
-         "prune_epochs": ("packnet",)}  # fmt: skip
+         "prune_epochs": ("packnet",)}
 REFERENCE = 64  # rows of A-GEM's reference gradient, as Avalanche has it; at least one a task
 
 # Avalanche takes many seconds to import and is not needed elsewhere, so the functions that use it import it.
@@ -145,7 +145,7 @@ class Conditions:
         s, steps = self.settings, self.settings.epochs * len(strategy.dataloader)
         (group,) = strategy.optimizer.param_groups
         group["lr"] = self.lr = learning_rate(s.schedule, s.lr, strategy.clock.train_exp_iterations, steps,
-                                                round(s.warmup * len(strategy.dataloader)), s.lr_min)  # fmt: skip
+                                                round(s.warmup * len(strategy.dataloader)), s.lr_min)
 
     def after_training_iteration(self, strategy, **_):
         self.rows += len(strategy.mb_y)
@@ -156,7 +156,7 @@ class Conditions:
         where, precision = f"round {self.round + 1}, epoch {epoch + 1}: the training loss", strategy.model.precision
         require_finite(loss, where, self.lr, precision)
         self.log.log_epoch(self.round, epoch=epoch, train_loss=loss, lr=self.lr,
-                           seconds=time.perf_counter() - self.began)  # fmt: skip
+                           seconds=time.perf_counter() - self.began)
         if epoch + 1 == self.settings.epochs:
             strategy.model.renew(draw_batches(strategy))
 
@@ -233,10 +233,10 @@ def make_strategy(settings, model, train, device, plugin):
         "avalanche-joint": (Joint, {}),
     }.get(settings.method, (Naive, {}))  # PackNet is a plugin, PNN a network
     optimiser = torch.optim.SGD(model.parameters(), settings.lr, momentum=0.9, nesterov=True,
-                                weight_decay=settings.l2_reg, fused=True)  # fmt: skip
+                                weight_decay=settings.l2_reg, fused=True)
     return make(model=model, optimizer=optimiser, criterion=torch.nn.CrossEntropyLoss(), train_mb_size=settings.batch,
                 train_epochs=settings.epochs, device=device, plugins=plugins,
-                evaluator=None, **own)  # fmt: skip
+                evaluator=None, **own)
 
 
 def count_stored(strategy, train):
@@ -258,7 +258,7 @@ def count_numbers(strategy, model):
     for plugin in strategy.plugins:
         if hasattr(plugin, "importances"):
             kept += [tensor.data for by_task in (plugin.saved_params, plugin.importances)
-                     for tensors in by_task.values() for tensor in tensors.values()]  # fmt: skip
+                     for tensors in by_task.values() for tensor in tensors.values()]
         if hasattr(plugin, "lwf"):
             kept += plugin.lwf.prev_model.parameters()
     if hasattr(strategy, "storage_policy"):
@@ -299,13 +299,13 @@ def train_peer(settings, precision, train, test, log):
 
     def make_net(k):
         net = build_net(settings.model, train.images.shape[1:], train.classes, settings.dropout,
-                        derive_seed(seed, k, "init"))  # fmt: skip
+                        derive_seed(seed, k, "init"))
         net.to(device)  # not in channels_last: Avalanche's A-GEM cannot flatten such gradients
         set_dropout_generator(net, dropout)
         return net
 
     model = wrap_net(settings.method, make_net, train, settings.augment, precision,
-                     make_generator(seed, 0, "augment", device))  # fmt: skip
+                     make_generator(seed, 0, "augment", device))
     strategy = make_strategy(settings, model, train, device, Conditions(settings, log))
     experiences = make_experiences(train)
     matrix, rounds = [], []
@@ -324,7 +324,7 @@ def train_peer(settings, precision, train, test, log):
         log.log_round(k, tasks=tasks, accuracy=accuracy, seconds=seconds)
     cost = {"seconds": sum(r["seconds"] for r in rounds), "rows_trained": model.rows_trained,
             "parameters": sum(p.numel() for net in model.columns for p in net.parameters()),
-            "stored_rows": count_stored(strategy, train), "stored_numbers": count_numbers(strategy, model)}  # fmt: skip
+            "stored_rows": count_stored(strategy, train), "stored_numbers": count_numbers(strategy, model)}
     return matrix, rounds, cost
 
 

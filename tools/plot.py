@@ -38,7 +38,7 @@ STYLE = {
     "text.parse_math": False,  # a $ in a task's name is a $
     "pdf.fonttype": 42,  # fonts that journals accept
     "svg.hashsalt": "modelzoo",  # the same runs give the same file
-}  # fmt: skip
+}
 INTERVAL = f"{100 * LEVEL:.0f} % interval"
 NO_DATE = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}
 
@@ -49,7 +49,7 @@ def find_fonts(text):
 
     fonts, missing = [], set(text) - {"\n"}
     for font in sorted(font_manager.fontManager.ttflist,
-                       key=lambda font: (font.name != "DejaVu Sans", font.weight != 400, font.name)):  # fmt: skip
+                       key=lambda font: (font.name != "DejaVu Sans", font.weight != 400, font.name)):
         if not missing or font.name.startswith("Last Resort"):  # which has a box for every letter
             continue
         try:
@@ -93,14 +93,14 @@ def choose(kind, groups):
             skipped.append(f"{group.label}: this kind of run has no place in the figure {kind} ({unfit.path})")
         elif kind == "joint" and not all(_nested(run, other.runs[0]) for other in chosen):
             skipped.append(f"{group.label}: its tasks and those of {', '.join(g.label for g in chosen)} do not begin "
-                           "alike, or settings differ")  # fmt: skip
+                           "alike, or settings differ")
         elif kind != "joint" and run.over != (chosen or [group])[0].runs[0].over:
             skipped.append(f"{group.label}: not over the same tasks as {chosen[0].label}")
         else:
             chosen.append(group)
     alone = {"joint": len(chosen) < 2, "compute": len(chosen) < 2,
              "seen": all(group.runs[0].kind == "Isolated" for group in chosen),
-             "methods": not any(map(_has_curves, (group.runs[0] for group in chosen)))}  # fmt: skip
+             "methods": not any(map(_has_curves, (group.runs[0] for group in chosen)))}
     if alone.get(kind):
         return [], skipped + [f"{group.label}: alone it makes no figure {kind}" for group in chosen]
     return chosen, skipped
@@ -139,7 +139,7 @@ def draw_methods(groups):
     _limit(axes)
     several = max(len(group.runs) for group in groups) >= FEWEST
     figure.suptitle("thick: mean over the tasks seen so far; thin: each task" + f"\nband, ±: {INTERVAL}" * several,
-                    fontsize=8)  # fmt: skip
+                    fontsize=8)
     return figure
 
 
@@ -234,10 +234,10 @@ def draw_dots(groups):
         if s.n > 1:
             axis.scatter(values, [i + 0.22] * s.n, s=7, color="#888888", linewidth=0)
         axis.errorbar(s.mean, i, xerr=None if s.low is None else s.high - s.mean, color=colour, marker=mark,
-                      markersize=6, capsize=3, linewidth=1.5, zorder=3)  # fmt: skip
+                      markersize=6, capsize=3, linewidth=1.5, zorder=3)
         text = f"{_mean_text(s, 1)}  (n = {s.n})"
         axis.annotate(text, (1, i), (5, 0), xycoords=("axes fraction", "data"), textcoords="offset points", va="center",
-                      annotation_clip=False)  # fmt: skip
+                      annotation_clip=False)
     axis.set_yticks(range(len(groups)), labels)
     axis.set_ylim(len(groups) - 0.4, -0.6)
     axis.grid(axis="x", color="#dddddd", linewidth=0.5)
@@ -273,7 +273,7 @@ def draw_compute(points):
     axes = figure.subplots(1, 3, sharey=True)
     handles = {}
     titles = {"operations": "floating-point operations of training", "parameters": "parameters stored",
-              "stored_rows": "training rows stored"}  # fmt: skip
+              "stored_rows": "training rows stored"}
     for i, (label, line) in enumerate(points.groupby("method", sort=False)):
         colour, style, mark = choose_style(i)
         line = line.sort_values("epochs")
@@ -281,12 +281,12 @@ def draw_compute(points):
             if line[key].notna().all():
                 handles[label], = axis.plot(line[key], 100 * line["mean"], color=colour, marker=mark, linestyle=style)
                 at = [(getattr(p, key), Summary(p.n, p.mean, p.sd, *((p.low, p.high) if p.low == p.low else ())))
-                      for p in line.itertuples()]  # fmt: skip
+                      for p in line.itertuples()]
                 for band in [at] if line[key].nunique() > 1 else [[p] for p in at]:  # one above another: whiskers
                     _band(axis, dict(band), colour, 0.2)
         for point in line.itertuples():
             axes[0].annotate(f"{point.epochs:.0f}", (point.operations, 100 * point.mean), (0, 4), fontsize=5.5,
-                             textcoords="offset points", ha="center", color=colour)  # fmt: skip
+                             textcoords="offset points", ha="center", color=colour)
     for axis, title in zip(axes, titles.values(), strict=True):
         axis.set_title(title)
         axis.grid(color="#dddddd", linewidth=0.5)
@@ -328,7 +328,7 @@ def draw_draws(groups):
     figure.colorbar(shares, ax=axes[:, 0].tolist(), location="bottom", aspect=40, label=words)
     ticks = [norm.vmin, math.sqrt(norm.vmin * norm.vmax), norm.vmax]
     bar = figure.colorbar(colours, ax=axes[:, 1].tolist(), location="bottom", aspect=40, ticks=ticks, format="{x:.2g}",
-                          label="weight w" + ", mean over seeds" * several)  # fmt: skip
+                          label="weight w" + ", mean over seeds" * several)
     bar.minorticks_off()
     return figure
 
@@ -385,11 +385,11 @@ def draw_confusion(groups):
         axis.tick_params(length=0)
         for (c, i), x in shares.rename(columns=lambda key: int(key[3:])).stack().items() if len(classes) <= 10 else ():
             axis.text(i + 0.5, c + 0.5, f"{x:.0f}", ha="center", va="center", color="white" if x > 50 else "black",
-                      fontsize=6)  # fmt: skip
+                      fontsize=6)
     figure.supylabel("class", fontsize=8)
     several = max(len(group.runs) for group in groups) > 1
     figure.colorbar(image, ax=list(axes), location="bottom", aspect=60,
-                    label="predicted as, % of the class's test rows" + ", all seeds together" * several)  # fmt: skip
+                    label="predicted as, % of the class's test rows" + ", all seeds together" * several)
     return figure
 
 
@@ -412,7 +412,7 @@ def _heat_map(axis, cells, title, names, **colours):
     axis.set_yticks([k + 0.5 for k in ticks], [k + 1 for k in ticks])
     axis.set_ylim(len(cells), 0)
     axis.set_xticks([t + 0.5 for t in range(len(names))], map(_shorten, names), rotation=90,
-                    fontsize=min(8, 400 / len(names)))  # fmt: skip
+                    fontsize=min(8, 400 / len(names)))
     axis.set_title(title)
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
@@ -483,7 +483,7 @@ KINDS = {
                   lambda run: not run.members and (Path(run.path) / "learners").is_dir(), draw_confusion),
     "joint": ("Multi-Head's accuracy of every task as more are trained on at once",
               lambda run: run.kind == "Multi-Head", draw_joint),
-}  # fmt: skip
+}
 
 
 def draw(kind, groups, points=None):
@@ -526,7 +526,7 @@ def draw(kind, groups, points=None):
 @functools.cache  # of the many figures of a report, the first says it
 def _report_missing(letters):
     print(f"plot.py: no font of this machine has {printable(letters)[:60]}; install one that has, such as "
-          "fonts-noto-cjk", file=sys.stderr)  # fmt: skip
+          "fonts-noto-cjk", file=sys.stderr)
 
 
 def save(figure, ending):
@@ -546,12 +546,12 @@ def main(argv=None):
     """
     p = Parser(prog="plot.py", description="Figures of run folders; several seeds of the same settings are averaged.",
                epilog="kinds: " + "; ".join(f"{kind}: {title}" for kind, (title, _, _) in KINDS.items())
-               + "; schematic: what a zoo is, of no run")  # fmt: skip
+               + "; schematic: what a zoo is, of no run")
     p.add_argument("kind", choices=[*KINDS, "schematic"])
     p.add_argument("runs", nargs="*", metavar="RUN", help="run folders; of the figure compute also files of its points")
     p.add_argument("--ensemble", nargs="+", action="append", default=[], metavar="RUN", help="as in report.py")
     p.add_argument("--file", required=True, help="figure.pdf, figure.png or figure.svg; of the figure compute also "
-                   "points.csv, its numbers")  # fmt: skip
+                   "points.csv, its numbers")
     flags = p.parse_args(argv)
     ending, endings = Path(flags.file).suffix[1:].lower(), [*NO_DATE, *["csv"] * (flags.kind == "compute")]
     if ending not in endings:
@@ -560,7 +560,7 @@ def main(argv=None):
     files = [path for path in flags.runs if path.lower().endswith(".csv")] if flags.kind == "compute" else []
     if files and (len(files) < len(flags.runs) or flags.ensemble):
         raise ConfigError(f"{files[0]}: run folders and files of points make no figure together; --file x.csv writes "
-                          "the points of the folders")  # fmt: skip
+                          "the points of the folders")
     if files:
         points = read_points(files)
     elif flags.kind != "schematic":

@@ -60,7 +60,7 @@ def read_points(paths):
                 if row[key] != value:
                     whose = "all points" if method is None else f"the points of {method!r:.80}"
                     raise ConfigError(f"{path}: line {line}: {key} {row[key]!r:.80} differs from {value!r:.80} in "
-                                      f"{place}; {whose} must have the same")  # fmt: skip
+                                      f"{place}; {whose} must have the same")
             points.append(point)
     return pandas.DataFrame(points)
 

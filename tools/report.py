@@ -26,7 +26,7 @@ NUMBERS = {
     **{key: (heading, ",.0f") for key, heading in (
         ("rows_trained", "rows trained"), ("stored_rows", "rows stored"), ("stored_numbers", "numbers stored"),
         ("parameters", "parameters"), ("seconds", "seconds"))},
-}  # fmt: skip
+}
 
 
 def choose_shown(groups, numbers):
@@ -56,7 +56,7 @@ def warnings(groups, found, shown):
                                "of the mean; it is counted here"),
             (alone, "no forward transfer: no Isolated run of the same settings and seeds is here"),
             (0 < transferred < n, f"forward transfer is of {transferred} of {n} seeds: Isolated has no others"),
-            *((True, f"its runs are of different {what}") for what in differ)) if holds]  # fmt: skip
+            *((True, f"its runs are of different {what}") for what in differ)) if holds]
     how = {"paired": ": the differences are on these", "Welch": ", too few for pairs: Welch's test is on all"}
     main = shown[shown["metric"] == "average_accuracy"]
     for a, b, test in zip(main["group"], main["minus"], main["test"], strict=True):
@@ -73,7 +73,7 @@ def split_orders(groups):
     """A group for each order of the tasks, of those groups that have several."""
     orders = [(group, sorted({run.order for run in group.runs})) for group in groups]
     return [runs.Group(f"{group.label}, task_order {order}", [run for run in group.runs if run.order == order])
-            for group, found in orders if len(found) > 1 for order in found]  # fmt: skip
+            for group, found in orders if len(found) > 1 for order in found]
 
 
 def name_tasks(groups):
@@ -104,7 +104,7 @@ def make_tables(groups, numbers, shown):
     title = "Differences (percentage points; p not corrected for many tests)"
     if len(shown) < (~alone).sum():
         title = ("Differences to the first group over the same tasks (percentage points; p not corrected for many "
-                 "tests; --format csv has all pairs)")  # fmt: skip
+                 "tests; --format csv has all pairs)")
     differ = runs.differing([group.runs[0] for group in groups])
     settings = [{
         "group": group.label,
@@ -112,7 +112,7 @@ def make_tables(groups, numbers, shown):
         "settings": ", ".join(text for key in differ if (text := runs.setting_text(group.runs[0], key))),
         "made with": ", ".join(f"{key} {'; '.join(dict.fromkeys(run.about[key] for run in group.runs))}"
                                for key in group.runs[0].about),
-    } for group in groups]  # fmt: skip
+    } for group in groups]
     tables = {"Average accuracy (%) and what it costs": accuracy.join(costs, "group"), "Other metrics (%)": others,
               title: shown.rename(columns={"test": "t-test"}),
               "Settings that differ, and where the numbers come from": runs.require("pandas").DataFrame(settings)}
@@ -205,7 +205,7 @@ def main(argv=None):
     p = Parser(prog="report.py", description="Tables of run folders: spread, intervals, differences, cost.")
     p.add_argument("runs", nargs="*", metavar="RUN", help="run folders; those that differ in seed only are a group")
     p.add_argument("--ensemble", nargs="+", action="append", default=[], metavar="RUN",
-                   help="also average these runs' predictions; several times: that many ensembles")  # fmt: skip
+                   help="also average these runs' predictions; several times: that many ensembles")
     p.add_argument("--format", choices=("text", "markdown", "latex", "csv"), default="text", help="default: text")
     p.add_argument("--html", metavar="FILE", help="also write one self-contained page with tables and figures")
     flags = p.parse_args(argv)

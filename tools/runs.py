@@ -20,7 +20,7 @@ from utils.run_folder import FREE, LATER, load_tensors
 APART = (*FREE, "save_nets", "threads", "seed", "task_order", "names")  # settings that may differ within a group
 DATA = ("dataset", "keywords", "path", "size", "tasks")  # one setting here: which tasks
 SHAPES = {"cifar100": (3, 32, 32), "cifar10": (3, 32, 32), "mini_imagenet": (3, 84, 84)} | dict.fromkeys(
-    ("mnist", "rotated_mnist", "permuted_mnist", "digits", "rotated_digits"), (1, 28, 28))  # fmt: skip
+    ("mnist", "rotated_mnist", "permuted_mnist", "digits", "rotated_digits"), (1, 28, 28))
 # They mean nothing for other kinds.
 ZOO_FLAGS = ("num_rounds", "tasks_per_round", "replay_frac", "naive", "warm_start", "inherit", "weigh_by_round")
 OWN = ("inherit", "weigh_by_round")  # what the paper does not have, which a label always says
@@ -112,11 +112,11 @@ def make_frame(groups, rows="run"):
     make = {"run": _run_rows, "task": _task_rows, "round": _round_rows, "class": _class_rows}[rows]
     cells = [
         {"run": run.path, "group": group.label, "kind": run.kind, "seed": run.seed, "task_order": run.order, **row}
-        for group in groups for run in group.runs for row in make(run, group, groups)]  # fmt: skip
+        for group in groups for run in group.runs for row in make(run, group, groups)]
     # A path need not be UTF-8, which pandas wants. Not `printable`: two folders must not become one.
     frame = require("pandas").DataFrame([
         {key: x.encode(errors="backslashreplace").decode() if isinstance(x, str) else x for key, x in row.items()}
-        for row in cells])  # fmt: skip
+        for row in cells])
     numbers = frame.columns.intersection([*METRICS, TRANSFER, *COSTS, "first_seen", "accuracy", "weight"])
     return frame.astype(dict.fromkeys(numbers, float))
 
@@ -133,7 +133,7 @@ def _run_rows(run, group, groups):
 
 def _task_rows(run, *_):
     return [{"task": t, "name": name, "first_seen": first_seen(run.matrix, run.rounds, t) if run.rounds else None,
-             "accuracy": run.matrix[-1][t]} for t, name in enumerate(run.names)]  # fmt: skip
+             "accuracy": run.matrix[-1][t]} for t, name in enumerate(run.names)]
 
 
 def _round_rows(run, *_):
@@ -142,7 +142,7 @@ def _round_rows(run, *_):
     return [{"round": k + 1, "task": t, "name": run.names[t], "accuracy": accuracy, "trained": t in r["tasks"],
              "weight": r["weights"][t] if t < len(r["weights"]) else None}
             for k, (row, r) in enumerate(zip(run.matrix, rounds, strict=True))
-            for t, accuracy in enumerate(row) if accuracy is not None]  # fmt: skip
+            for t, accuracy in enumerate(row) if accuracy is not None]
 
 
 def _class_rows(run, *_):
@@ -154,7 +154,7 @@ def _class_rows(run, *_):
         rows += [{"task": t, "name": run.names[t], "class": run.class_names[t][c], "rows": int(of_class.sum()),
                   "accuracy": of_class[c].item() / max(int(of_class.sum()), 1),
                   **{f"as_{i}": count for i, count in enumerate(of_class.tolist())}}
-                 for c, of_class in enumerate(counts)]  # fmt: skip
+                 for c, of_class in enumerate(counts)]
     return rows
 
 
@@ -190,10 +190,10 @@ def describe_groups(groups):
         return f"{text} {unit}" + "s" * (text != "1") if text and unit else text
 
     of_data = (either(run.settings["tasks"].partition(" of ")[2] for run in runs),
-               either(sorted(len(run.names) for run in runs), "task"))  # fmt: skip
+               either(sorted(len(run.names) for run in runs), "task"))
     of_training = (either(run.settings.get("model") for run in runs),
                    either((run.settings.get("epochs") for run in runs), "epoch"),
-                   either(setting_text(run, "samples") for run in runs))  # fmt: skip
+                   either(setting_text(run, "samples") for run in runs))
     return "; ".join(", ".join(filter(None, part)) for part in (of_data, of_training))
 
 
@@ -281,7 +281,7 @@ def _parse(path, result, about):
         "image_shape": shape is None or len(shape) == 3 and all(isinstance(x, int) and 0 < x < 10**5 for x in shape),
         "cost": all(x is None or number(x) for x in cost.values()),
         "data": checksum is None or isinstance(checksum, str),
-    }.items():  # fmt: skip
+    }.items():
         if not holds:
             raise ValueError(what)
     zoo = "Model Zoo, multi-task" if not continual else "Isolated" if config["tasks_per_round"] == 1 else "Model Zoo"
@@ -292,11 +292,11 @@ def _parse(path, result, about):
     settings = {key: value for key, value in config.items() if key not in (*APART, *DATA, *unused)}
     versions = about.get("versions") or result.get("versions") or {}
     commit, hardware, torch = (printable(x or "unknown") for x in (*map(about.get, ("commit", "hardware")),
-                                                                   versions.get("torch")))  # fmt: skip
+                                                                   versions.get("torch")))
     about = {"commit": commit[:10] + "+" * commit.endswith("+"), "hardware": hardware, "torch": torch}
     return Run(path, kind, config["seed"], {"tasks": tasks, **settings, "all_tasks": data}, names,
                json.dumps([*data[:-1], classes]), matrix, rounds, cost, about, checksum, class_names=class_names,
-               order=config["task_order"], image_shape=shape and tuple(shape))  # fmt: skip
+               order=config["task_order"], image_shape=shape and tuple(shape))
 
 
 def printable(value):
@@ -354,7 +354,7 @@ def make_ensemble(paths):
         if not all(a.equal(b) for a, b in zip(labels, all_labels[0], strict=True)):
             raise ConfigError(f"--ensemble: {first.path} and {run.path} were tested on different rows")
     row = [metrics.accuracy(ensemble_log_probs(p, [1.0] * len(p)), y)
-           for *p, y in zip(*predictions, all_labels[0], strict=True)]  # fmt: skip
+           for *p, y in zip(*predictions, all_labels[0], strict=True)]
     costs = {key: [run.cost[key] for run in runs] for key in ("networks", *COST, "stored_rows")}
     cost = {key: None if None in values else sum(values) for key, values in costs.items()}
     # Members that keep rows of their own keep more together than one of them, and less than the sum.
@@ -368,7 +368,7 @@ def make_ensemble(paths):
     members = tuple(sorted(runs, key=_member))
     return Run(" ".join(map(str, paths)), f"ensemble of {len(runs)} {kind}", tuple(run.seed for run in members),
                settings, first.names, first.tasks, [row], [], cost, about, members=members,
-               image_shape=first.image_shape)  # fmt: skip
+               image_shape=first.image_shape)
 
 
 def _key(run):
@@ -420,14 +420,14 @@ def group_runs(runs):
         drawn = [_member(member) for run in runs for member in run.members]
         if len(set(drawn)) < len(drawn):
             notes.append(f"{label}: the ensembles share runs, so they are alike by more than chance and the spread "
-                         "between them is too small")  # fmt: skip
+                         "between them is too small")
         if any(_on_other_data(run.members) for run in runs):
             notes.append(f"{label}: its members were trained on different rows, so that it gains by more data as well "
-                         "as by averaging")  # fmt: skip
+                         "as by averaging")
     singles = [one for runs in members for run in runs for one in run.members or [run]]
     if pair := _on_other_data(singles, lambda run: (run.trial, *_data_key(run))):
         notes.append(f"{pair[0].path} and {pair[1].path} have the same tasks, samples and seed, but were run on "
-                     "different data: what stands beside each other here is not comparable")  # fmt: skip
+                     "different data: what stands beside each other here is not comparable")
     return groups, notes
 
 
@@ -454,7 +454,7 @@ def join_lengths(groups):
         lines.setdefault(_key(rest(group.runs[0])), []).append(group)
     labels = tell_apart([rest(line[0].runs[0]) for line in lines.values()])
     return [(label, sorted(line, key=lambda group: group.runs[0].settings.get("epochs", 0)))
-            for label, line in zip(labels, lines.values(), strict=True)]  # fmt: skip
+            for label, line in zip(labels, lines.values(), strict=True)]
 
 
 def _name(run):

@@ -13,7 +13,7 @@ LEVEL = 0.95
 FEWEST = 3  # values from which an interval is given: that of two is too wide to say anything
 ROUND_OFF = 1e-12  # a standard deviation below it is rounding, of values that are all alike
 SPREAD = ("mean over seeds; sd: standard deviation with n - 1; 95 %: confidence interval of the mean by Student's t; "
-          "±: half its width")  # fmt: skip
+          "±: half its width")
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def compare(groups, found):
     """
     # No p-value of a group: whether an accuracy is 0 is no question, and a transfer has its interval.
     rows = [(label, None, metric, None, replace(summarise(list(values.values())), p=None))
-            for label, of_group in found.items() for metric, values in of_group.items()]  # fmt: skip
+            for label, of_group in found.items() for metric, values in of_group.items()]
     for a, b in combinations(groups, 2):
         for metric in METRICS if a.runs[0].over == b.runs[0].over else ():
             of_a, of_b = (found[group.label].get(metric, {}) for group in (a, b))

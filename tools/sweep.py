@@ -19,18 +19,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tqdm import tqdm  # noqa: E402
+from tqdm import tqdm
 
-import modelzoo  # noqa: E402
-import multihead  # noqa: E402
-from datasets.build_dataset import load_whole  # noqa: E402
-from datasets.data import DataError  # noqa: E402
-from utils.cluster import check_shares, connect, share_out  # noqa: E402
-from utils.command import guard  # noqa: E402
-from utils.config import Parser, read_settings  # noqa: E402
-from utils.config_files import ConfigError, check, load_yaml  # noqa: E402
-from utils.log import print_table, say  # noqa: E402
-from utils.run_folder import FREE, LATER, RunError, write_file  # noqa: E402
+import modelzoo
+import multihead
+from datasets.build_dataset import load_whole
+from datasets.data import DataError
+from utils.cluster import check_shares, connect, share_out
+from utils.command import guard
+from utils.config import Parser, read_settings
+from utils.config_files import ConfigError, check, load_yaml
+from utils.log import print_table, say
+from utils.run_folder import FREE, LATER, RunError, write_file
 
 METHODS = {
     "modelzoo": ("modelzoo",),
@@ -54,7 +54,7 @@ class Row:
 def make_grid_parser():
     """The sweep's own flags."""
     p = Parser(prog="sweep.py", description="Run a grid of runs. Other flags (--samples 20) go to every run.",
-               allow_abbrev=False)  # fmt: skip
+               allow_abbrev=False)
     p.add_argument("--grid", help="YAML file with methods, data_config, hp_config, seeds and flags")
     p.add_argument("--methods", nargs="+", help=f"{', '.join(METHODS)}, with flags: 'modelzoo --continual'")
     p.add_argument("--data_config", nargs="+", help="dataset files")
@@ -134,7 +134,7 @@ def read_grid(argv):
         for key in ("data_config", "hp_config", "seed"):
             if any(w.split("=")[0] == f"--{key}" for w in (*own, *common)):
                 raise ConfigError(f"--{key}: a run has that of the grid; give --{'seeds' if key == 'seed' else key} "
-                                  "outside of methods and flags")  # fmt: skip
+                                  "outside of methods and flags")
         method, *fixed = METHODS[word]
         files = ["--data_config", data_config, "--hp_config", hp_config, "--seed", str(seed)]
         settings = read_settings(f"{method}.py", method, [*fixed, *own, *common, *files])
@@ -252,7 +252,7 @@ def submit(runs, rows, shares):
                 row.state, row.accuracy, row.seconds = "skipped", result["average_accuracy"], result["seconds"]
                 continue
             data = (settings.dataset, settings.tasks, settings.data_dir, settings.path, settings.size,
-                    settings.keywords)  # fmt: skip
+                    settings.keywords)
             if data not in loaded:
                 loaded[data] = share_splits(*data)
             if isinstance(loaded[data], DataError):
@@ -302,7 +302,7 @@ def print_rows(rows):
     print_table(["run", "average accuracy %", "seconds", "state", "node"], [
         [row.folder.name, "" if row.accuracy is None else f"{100 * row.accuracy:.2f}",
          "" if row.seconds is None else f"{row.seconds:.1f}", row.state, row.node] for row in rows
-    ])  # fmt: skip
+    ])
     counts = {state: sum(row.state == state for row in rows) for state in ("done", "skipped", "failed")}
     say(", ".join(f"{n} {state}" for state, n in counts.items() if n))
 
@@ -329,7 +329,7 @@ def sweep(argv):
     terminal = sys.stdout.isatty()
     told = set()
     with tqdm(total=len(pending), unit="run", file=sys.stdout, disable=not terminal, leave=False,
-              dynamic_ncols=True) as bar:  # fmt: skip
+              dynamic_ncols=True) as bar:
         while True:
             for row in rows:
                 if row.state == "failed" and row.folder not in told:
@@ -342,7 +342,7 @@ def sweep(argv):
                 collect(outcome, *pending.pop(outcome))
             bar.update(len(ready))
             at_work = [f"{row.folder.name}: {progress}" for row, _ in pending.values()
-                       if terminal and (progress := progress_of(row.folder))]  # fmt: skip
+                       if terminal and (progress := progress_of(row.folder))]
             bar.set_postfix_str("; ".join(at_work))
     print_rows(rows)
     return rows

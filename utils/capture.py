@@ -113,7 +113,7 @@ def capture_step(step, state, generators, device):
             replay()
             found = read()
             same = all(x.equal(y) for of_found, of_expected in zip(found, expected, strict=True)
-                       for x, y in zip(of_found, of_expected, strict=True))  # fmt: skip
+                       for x, y in zip(of_found, of_expected, strict=True))
             why = "" if same else "its result is not that of the plain step"
         except RuntimeError as e:  # kept as a text alone: the exception would hold on to the step's memory
             while e.__context__:  # what the end of a recording says is not why it ended

@@ -47,7 +47,7 @@ def connect(address):
         if "AF_UNIX" not in str(e):
             raise
         raise ConfigError(f"TMPDIR: {tempfile.gettempdir()} is too long a path for Ray's sockets; "
-                          "set a shorter one, such as TMPDIR=/tmp") from e  # fmt: skip
+                          "set a shorter one, such as TMPDIR=/tmp") from e
     finally:
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own prints addresses and passes over the caller's
 
@@ -81,7 +81,7 @@ def share_out(what, cpus, gpus, device):
     if slots == 0:
         most = [max(node.get(resource, 0) for node in nodes) for resource in ("CPU", "GPU")]
         raise ConfigError(f"--cpus_per_{what} {cpus:g}, --gpus_per_{what} {gpus:g}: no node has as much; "
-                          f"the largest have {most[0]:g} and {most[1]:g}")  # fmt: skip
+                          f"the largest have {most[0]:g} and {most[1]:g}")
     return {"num_cpus": cpus, "num_gpus": gpus}, "cpu" if device == "auto" and not gpus else device, slots
 
 

@@ -159,7 +159,7 @@ def read_settings(prog, method, argv=None):
                      "tasks are known from the start (multi-task mode).", add_modelzoo_flags),
         "multihead": ("Train one network with a head per task on all tasks at once: the joint baseline.",
                       add_multihead_flags),
-    }[method]  # fmt: skip
+    }[method]
     p = make_parser(prog, about)
     add_flags(p)
     p.add_argument("--val_frac", type=share,
@@ -183,7 +183,7 @@ def make_settings(method, flags, kind=Settings):
         if flags.get(flag) is not None:
             flags[flag] = read_path(flags[flag])
     for flag, low in (("samples", 1), ("epochs", 1), ("num_rounds", 1), ("tasks_per_round", 1), ("num_tasks", 1),
-                      ("threads", 1)):  # fmt: skip
+                      ("threads", 1)):
         if flags.get(flag) is not None:
             check(f"--{flag}", flags[flag], int, low, 10**6)
     if flags.get("tensorboard") and importlib.util.find_spec("tensorboard") is None:
@@ -205,7 +205,7 @@ def make_settings(method, flags, kind=Settings):
     if flags.get("val_frac") == "file":
         if data["dataset"] != "npz":
             raise ConfigError(f"--val_frac: file: only an npz file brings rows for it; {flags['data_config']} has "
-                              f"dataset {data['dataset']}: give a share, such as 0.1")  # fmt: skip
+                              f"dataset {data['dataset']}: give a share, such as 0.1")
     elif flags.get("val_frac") is not None:
         check("--val_frac", flags["val_frac"], float, above=0, below=1)
     elif hyper["best_epoch"] and "val_frac" not in flags:
@@ -260,7 +260,7 @@ def default_name(method, flags, more=()):
     for flag in ("continual", "naive", "warm_start", "inherit", "weigh_by_round"):
         parts += [flag] if flags.get(flag) else []
     for flag in ("num_tasks", "num_rounds", "tasks_per_round", "replay_frac", "samples", "epochs", "batch", "lr",
-                 "val_frac", *more):  # fmt: skip
+                 "val_frac", *more):
         parts += [f"{flag}={flags[flag]}"] if flags.get(flag) is not None else []
     parts += [f"task_order={flags['task_order']}"] if flags.get("task_order") else []
     name = "-".join([*parts, f"seed={flags['seed']}"])

@@ -205,7 +205,7 @@ def read_dataset(file):
                 continue
             if name == "image_folder" and type(label) is not int:
                 raise ConfigError(f"{where}: {reprlib.repr(label)} is not a class name; YAML reads yes, no, null, "
-                                  "dates and 1e3 as other things than texts: put such a name in quotes")  # fmt: skip
+                                  "dates and 1e3 as other things than texts: put such a name in quotes")
             top = DATASETS[name]
             check(f"{where}: label", label, int, 0, 2**31 if top is None else top - 1)
         repeated = next((label for label in task if task.count(label) > 1), None)
@@ -226,12 +226,12 @@ def read_dataset(file):
         keywords = tuple((key, _check_keyword(f"{file}: {key}", found[key])) for key in ("name", *sorted(theirs)))
         if not isinstance(found["name"], str) or not found["name"].isidentifier():
             raise ConfigError(f"{file}: name: {reprlib.repr(found['name'])} is not a class of torchvision.datasets, "
-                              "such as FashionMNIST")  # fmt: skip
+                              "such as FashionMNIST")
     path = check(f"{file}: path", found["path"], str) if "path" in extra else None
     size = check(f"{file}: size", found["size"], int, 8, 1024) if "size" in found else None
     flip = check(f"{file}: flip", found["flip"], bool) if "flip" in found else None
     return {"dataset": name, "tasks": tuple(map(tuple, tasks)), "names": names, "path": path, "size": size,
-            "flip": flip, "keywords": keywords}  # fmt: skip
+            "flip": flip, "keywords": keywords}
 
 
 def _check_keyword(where, value):

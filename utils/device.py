@@ -22,7 +22,7 @@ def choose_device(device):
         usable = torch.cuda.is_available()
     if count and not usable and device != "cpu":
         raise ConfigError(f"--device: {device} finds a GPU, but CUDA does not start; its driver may be too old for "
-                          f"torch {torch.__version__}; cpu always works")  # fmt: skip
+                          f"torch {torch.__version__}; cpu always works")
     if device == "auto":
         device = "cuda" if count else "cpu"
     device = torch.device(device)
@@ -31,7 +31,7 @@ def choose_device(device):
             visible = os.environ.get("CUDA_VISIBLE_DEVICES")
             why = "" if visible is None else f", because CUDA_VISIBLE_DEVICES is {visible!r}"
             raise ConfigError(f"--device: {device} is not there: torch sees {count} CUDA devices{why}; cpu always "
-                              "works")  # fmt: skip
+                              "works")
         device = torch.device("cuda", device.index or 0)
         with warnings.catch_warnings(action="ignore"):
             _try_gpu(device)
@@ -53,12 +53,12 @@ def _try_gpu(device):
         if (major, minor) < least:
             raise ConfigError(f"--device: {device} has compute capability {major}.{minor}, and this torch "
                               f"{torch.__version__} computes from {least[0]}.{least[1]} on; install a torch of an "
-                              "older CUDA, or take cpu")  # fmt: skip
+                              "older CUDA, or take cpu")
         torch.ones(2, device=device).sum().item()
     except RuntimeError as e:
         why = "its memory is full" if out_of_memory(e) else " ".join(str(e).split())[:100]
         raise ConfigError(f"--device: {device} cannot be used ({why}); see who uses it with nvidia-smi, or take "
-                          "another one or cpu") from e  # fmt: skip
+                          "another one or cpu") from e
 
 
 def free_gpu_memory(device):

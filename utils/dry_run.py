@@ -37,7 +37,7 @@ def estimate(settings, device, precision, train, test, plan, copied=0):
     sizes = {size for _, rows in plan for size in (min(batch, rows), rows % batch) if size}
     most = max(n for n, _ in plan)
     net = build_net(settings.model, train.images.shape[1:], train.classes[:most], settings.dropout,
-                    derive_seed(settings.seed, 0, "init")).to(device)  # fmt: skip
+                    derive_seed(settings.seed, 0, "init")).to(device)
     step = {size: time_step(net, settings, precision, train, most, size) for size in sorted(sizes)}
     per_row = time_prediction(net, precision, train)
 
@@ -61,7 +61,7 @@ def estimate(settings, device, precision, train, test, plan, copied=0):
     say_folded(f"dry run, no run folder written: {epochs * sum(rows for _, rows in left):,} rows in {steps:,} steps, "
         f"about {clock(statistics.mean(seconds))} per round ({clock(min(seconds))} to {clock(max(seconds))}), "
         f"{in_all} ({timed}); images {images / 1e6:.1f} MB, learners' files "
-        f"{files / 1e6:.1f} MB")  # fmt: skip
+        f"{files / 1e6:.1f} MB")
     say_folded(end)
 
 
@@ -77,7 +77,7 @@ def time_step(net, settings, precision, train, most, size):
     # After the last epoch, which is never asked for, batch norm's statistics would be set anew.
     epochs = train_net(net, train.images, rows, heads, train.labels[rows], epochs=warm + 2, batch=size, lr=settings.lr,
                        l2_reg=settings.l2_reg, schedule=settings.schedule, augment=settings.augment, flip=train.flip,
-                       precision=precision, generators=generators)  # fmt: skip
+                       precision=precision, generators=generators)
     for _ in range(warm):
         next(epochs)
     start = time.perf_counter()

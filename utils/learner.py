@@ -76,7 +76,7 @@ def load_learner(path, train, test, tasks, seen, log):
     if saved is None:
         return None
     shapes = {"train_logits": [(len(rows), train.classes[t]) for t, rows in zip(tasks, seen, strict=True)],
-              "test_logits": [(len(test.rows(t)), test.classes[t]) for t in tasks]}  # fmt: skip
+              "test_logits": [(len(test.rows(t)), test.classes[t]) for t in tasks]}
     try:
         learner = make_learner(saved, train.device)
         found = {key: [tuple(x.shape) for x in getattr(learner, key) if x.dtype == torch.float32] for key in shapes}
@@ -119,7 +119,7 @@ def describe_net(settings, precision, image_shape, classes, net):
     """All that `load_net` needs to make the `MultiHead` `net` again: architecture, normalisation, state dict."""
     return {"model": settings.model, "image_shape": list(image_shape), "classes": list(classes),
             "dropout": settings.dropout, "mean": MEAN, "std": STD, "precision": precision,
-            "state": {key: value.cpu() for key, value in net.state_dict().items()}}  # fmt: skip
+            "state": {key: value.cpu() for key, value in net.state_dict().items()}}
 
 
 def load_net(saved, device):
@@ -145,7 +145,7 @@ def load_backbone(path):
         state = load_tensors(path, "cpu")["net"]["state"]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise RunError(f"{path}: holds no network for the next learner to inherit; take another --name to train all "
-                       "again, and --save_nets to keep every network") from e  # fmt: skip
+                       "again, and --save_nets to keep every network") from e
     return {key.removeprefix("backbone."): x for key, x in state.items() if key.startswith("backbone.")}
 
 

@@ -108,7 +108,7 @@ class RunLog:
             if self.terminal:
                 about = {"file": sys.stdout, "dynamic_ncols": True, "leave": False, "mininterval": 0, "smoothing": 0}
                 self.bars = [tqdm(total=self.work, initial=self.done, position=0, bar_format=RUN_BAR, **about),
-                             tqdm(total=rows, position=1, bar_format=BAR, **about)]  # fmt: skip
+                             tqdm(total=rows, position=1, bar_format=BAR, **about)]
         self._show(0)
 
     def watch(self, batches, loss_sum):
@@ -214,7 +214,7 @@ class RunLog:
             with contextlib.suppress(ValueError, RecursionError):
                 found.append(json.loads(line))
         return [line for line in found if isinstance(line, dict) and isinstance(line.get("round"), int)
-                and isinstance(line.get("epoch", 0), int)]  # fmt: skip
+                and isinstance(line.get("epoch", 0), int)]
 
     def forget(self, round, epoch=0):
         """Drop the lines of `round` from `epoch` on, its own line too: its learner is about to be trained (again)."""

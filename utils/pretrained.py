@@ -39,7 +39,7 @@ def load_weights(settings, image_shape):
             raise ConfigError(f"{path}: weights of another network: {settings.model} has {key}, which is not there")
         if of_net[key].shape != x.shape:
             raise ConfigError(f"{path}: weights of another network: {key} is {list(of_net[key].shape)} there, and "
-                              f"{list(x.shape)} in {settings.model} on images of {list(image_shape)}")  # fmt: skip
+                              f"{list(x.shape)} in {settings.model} on images of {list(image_shape)}")
     return {key: of_net[key] for key in expected}
 
 
@@ -47,10 +47,10 @@ def _download(url, path):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.load_state_dict_from_url(url, str(path.parent), map_location="cpu", progress=False, check_hash=True,
-                                           weights_only=True)  # fmt: skip
+                                           weights_only=True)
     except Exception as e:  # whatever a network can do wrong
         raise ConfigError(f"{path}: is not there, and {url} cannot be downloaded ({' '.join(str(e).split())[:80]}); "
-                          "fetch it elsewhere and put it there") from e  # fmt: skip
+                          "fetch it elsewhere and put it there") from e
 
 
 def _read_state(path):

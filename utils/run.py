@@ -49,7 +49,7 @@ def prepare(settings, loaded=None):
     generator = make_generator(settings.seed, 0, "data")
     with naming_memory(f"{settings.data_config}: too little memory to load the data; try --samples or fewer tasks"):
         train, test = build_dataset(settings.dataset, settings.tasks, settings.data_dir, generator, settings.samples,
-                                    settings.path, settings.size, loaded, settings.keywords, settings.flip)  # fmt: skip
+                                    settings.path, settings.size, loaded, settings.keywords, settings.flip)
     try:
         build_net(settings.model, train.images.shape[1:], train.classes[:1], settings.dropout, seed=0)
     except ValueError as e:
@@ -77,7 +77,7 @@ def place(device, *splits):
     fits = size <= room / 2  # training wants the other half
     if not fits:
         say_folded(f"the images, {size / 1e9:.1f} GB, would take more than half of the {room / 1e9:.1f} GB free on "
-                   f"{device}: they stay in the machine's memory, and each batch is fetched from there")  # fmt: skip
+                   f"{device}: they stay in the machine's memory, and each batch is fetched from there")
     with naming_memory(f"{device}: too little memory for the data; try --samples or --device cpu"):
         return tuple(data and data.to(device, images=fits) for data in splits)
 
@@ -151,7 +151,7 @@ def describe(settings, device, precision, train, plan):
     kind = {"modelzoo": "Model Zoo, " + ("continual" if settings.continual else "multi-task: all tasks are known")
                         + ", each learner from the one before" * (settings.inherit and not settings.freeze)
                         + ", weighed by round" * settings.weigh_by_round,
-            "multihead": "Multi-Head, joint training on all tasks"}.get(settings.method, settings.method)  # fmt: skip
+            "multihead": "Multi-Head, joint training on all tasks"}.get(settings.method, settings.method)
     most, epochs = max(n for n, _ in plan), settings.epochs
     parameters = count_parameters(settings.model, train.images.shape[1:], train.classes[:most], settings.dropout)
     tasks = count(most, "task")
@@ -167,7 +167,7 @@ def describe(settings, device, precision, train, plan):
         f"{kind}: {count(num_tasks, 'task')}, {rounds}, {sum(rows for _, rows in plan) * epochs:,} rows to "
         f"train on ({count(epochs, 'epoch')}), {net}",
         f"{device}, {precision}, {count(threads, 'thread')}; run folder {Path(settings.out) / settings.name}",
-    ]  # fmt: skip
+    ]
 
 
 def count(n, noun):
@@ -207,7 +207,7 @@ def open_run(settings, device, precision, train, test, plan):
             say_folded(first)
             begun = ", and a checkpoint of the next" * any((folder / "learners").glob("*.checkpoint"))
             say_folded(second + f"; {found} of {settings.num_rounds} rounds found{begun}" * settings.resume
-                       + f"; {copied} rounds come from {settings.extend}" * bool(settings.extend))  # fmt: skip
+                       + f"; {copied} rounds come from {settings.extend}" * bool(settings.extend))
             yield folder, log
 
 
@@ -234,7 +234,7 @@ def load_rows(folder):
         return {"train": [], "test": []}
     except ValueError as e:
         raise ConfigError(f"{Path(folder) / 'rows.pt'}: damaged; remove it, and the run's own command with --resume "
-                          "(and --extend where it began with that) writes it again") from e  # fmt: skip
+                          "(and --extend where it began with that) writes it again") from e
 
 
 def find_looked_at(folder, train, num_tasks):
@@ -244,7 +244,7 @@ def find_looked_at(folder, train, num_tasks):
     """
     hashes = load_rows(folder)["train"]
     return [find_rows(train, t, hashes[t]) if t < len(hashes) and len(hashes[t]) < len(train.rows(t)) else train.rows(t)
-            for t in range(num_tasks)]  # fmt: skip
+            for t in range(num_tasks)]
 
 
 def check_extension(settings, device, precision, train, test):
@@ -268,7 +268,7 @@ def check_extension(settings, device, precision, train, test):
     theirs, _, learners, nets = load_run(folder, "cpu")
     if settings.inherit and nets[-1] is None:
         raise ConfigError(f"--inherit: {folder} kept no network to inherit from; run that again with --inherit, or "
-                          "extend it without")  # fmt: skip
+                          "extend it without")
     n = len(theirs["tasks"])
     # Precision, device and threads may change on the way.
     apart = (*FREE, "num_rounds", "device", "precision", "threads", "data", "names", "save_nets")

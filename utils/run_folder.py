@@ -21,11 +21,11 @@ from utils.device import out_of_memory
 
 # Settings that may change when a run is resumed: those that decide nothing, and files, which count by what they say.
 FREE = ("resume", "dry_run", "out", "name", "data_dir", "tensorboard", "extend", "data_config",
-        "hp_config", "capture")  # fmt: skip
+        "hp_config", "capture")
 # Settings that older runs did not record, and what they were.
 LATER = {"task_order": 0, "inherit": False, "weigh_by_round": False,
          **dict.fromkeys(("val_frac", "keywords", "flip")),
-         **{key: default for key, (_, default) in OPTIONAL.items()}}  # fmt: skip
+         **{key: default for key, (_, default) in OPTIONAL.items()}}
 # What a file system says of a call that it does not have: those of clusters, of other systems and in memory lack some.
 LACKING = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 SEAL = b"sha256:"  # a tensor file ends in this and the checksum of all before it

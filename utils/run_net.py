@@ -209,7 +209,7 @@ def fetch_ahead(images, parts, device):
 
 def train_net(net, images, rows, heads, labels, *, epochs, batch, lr, l2_reg, schedule, augment, flip, precision,
               generators, optimiser="sgd", momentum=0.9, warmup=0.0, lr_min=0.0, clip_norm=None, label_smoothing=0.0,
-              weights=None, validate=None, best_epoch=False, capture="auto", start=None, watch=None):  # fmt: skip
+              weights=None, validate=None, best_epoch=False, capture="auto", start=None, watch=None):
     """Train `net`, an epoch each time the caller asks for the next one.
 
     One update a step, on the mean of the cross entropies of the rows' own heads. Rows of all tasks are mixed and
@@ -350,7 +350,7 @@ def predict_logits(net, images, rows, head, num_classes, precision, most=1000):
         parts = rows.to(images.device).split(batch)
         try:
             return torch.cat([forward(net, x, rows.new_full((len(x),), head), precision)[:, :num_classes]
-                              for x in fetch_ahead(images, parts, rows.device)])  # fmt: skip
+                              for x in fetch_ahead(images, parts, rows.device)])
         except (RuntimeError, MemoryError) as e:
             if batch == 1 or not out_of_memory(e):
                 raise

@@ -33,7 +33,7 @@ def read_search(prog, argv=None):
         ConfigError: anything missing, unknown, out of range or contradictory.
     """
     p = make_parser(prog, "Search training settings on rows held out of the training set, on this machine or on a Ray "
-                    "cluster.")  # fmt: skip
+                    "cluster.")
     p.add_argument("--objective", default="multihead",
                    help=f"train multihead (the default), or zoo: a continual zoo of {ZOO_ROUNDS} rounds at most")
     p.add_argument("--num_samples", type=int, default=81, help="trials (default: 81)")
@@ -52,7 +52,7 @@ def read_search(prog, argv=None):
         flags["name"] = default_name("hpo" if objective == "multihead" else "hpo-zoo", flags)
     if objective == "zoo":
         zoo = {"continual": True, "warm_start": False, "num_rounds": None, "tasks_per_round": None, "replay_frac": None,
-               "extend": None}  # fmt: skip
+               "extend": None}
         settings = make_settings("modelzoo", flags | zoo)
         settings = replace(settings, num_rounds=min(ZOO_ROUNDS, settings.num_rounds))
     else:
