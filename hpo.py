@@ -21,8 +21,8 @@ import before_torch  # noqa: F401  # isort: skip
 import torch
 
 from datasets.build_dataset import hold_out
-from datasets.data import checksum
-from multihead import train_epochs
+from datasets.data import checksum, one_line
+from multihead import train_epochs, validate
 from utils import metrics
 from utils.cluster import connect, share_out
 from utils.command import guard, name_batch
@@ -31,11 +31,12 @@ from utils.device import choose_device, choose_precision, describe_hardware
 from utils.log import RunLog, print_table, say, task_names
 from utils.run import place, prepare
 from utils.run_folder import RunError, open_folder, write_file
-from utils.run_net import derive_seed, predict_logits
+from utils.run_net import derive_seed
 from utils.search import read_search
 
 CONFIGS = Path("config/hyperparam")  # where the best settings are written
-FREE = ("address", "cpus_per_trial", "gpus_per_trial", "device", "precision")  # may change when a search is resumed
+# When a search is resumed.
+MAY_CHANGE = ("address", "cpus_per_trial", "gpus_per_trial", "device", "precision")
 
 
 def score_epochs(settings, precision, fit, held_out):
@@ -48,12 +49,7 @@ def score_epochs(settings, precision, fit, held_out):
     """
     tasks = range(len(fit.classes))
     for net, _, _ in train_epochs(settings, precision, fit, tasks, [fit.rows(t) for t in tasks], 0):
-        accuracy = []
-        for t in tasks:
-            rows = held_out.rows(t)
-            logits = predict_logits(net, held_out.images, rows, t, fit.classes[t], precision)
-            accuracy.append(metrics.accuracy(logits, held_out.labels[rows]))
-        yield metrics.average_accuracy([accuracy])
+        yield validate(net, held_out, tasks, precision)["val_accuracy"]
 
 
 def score_rounds(settings, precision, fit, held_out):
@@ -94,7 +90,7 @@ def trial(chosen, settings, threads, fit, held_out):
             for score in scores(settings, precision, *place(device, fit, held_out)):
                 tune.report({"score": score, "note": ""})
     except RunError as e:
-        tune.report({"score": 0.0, "note": " ".join(str(e).split())[:200]})
+        tune.report({"score": 0.0, "note": one_line(e)})
 
 
 def make_tuner(settings, search, folder, resources, slots, fit, held_out):
@@ -202,11 +198,11 @@ def run(settings, search, argv):
     resources, device, slots = share_out("trial", search.cpus_per_trial, search.gpus_per_trial, settings.device)
     if device == "cpu":
         choose_precision(settings.precision, torch.device("cpu"))  # refuses here what would fail in every trial
-    folder, best_path = Path(settings.out) / settings.name, CONFIGS / f"{settings.name}.yaml"
+    folder, best_path = settings.folder, CONFIGS / f"{settings.name}.yaml"
     if best_path.exists() and not folder.exists():
-        raise ConfigError(f"{best_path} is there already and of no search in {settings.out}: choose another --name")
-    about = {key: value for key, value in asdict(settings).items() if key not in (*search.space, *FREE)}
-    about |= {key: value for key, value in asdict(search).items() if key not in FREE}
+        raise ConfigError(f"{best_path} already exists, and not from a search in {settings.out}; take another --name")
+    about = {key: value for key, value in asdict(settings).items() if key not in (*search.space, *MAY_CHANGE)}
+    about |= {key: value for key, value in asdict(search).items() if key not in MAY_CHANGE}
     about["data"] = checksum(fit, held_out)
     hardware = describe_hardware(torch.device("cpu"))
     with open_folder(folder, json.loads(json.dumps(about)), settings.resume, {"hardware": hardware}, "trials"):

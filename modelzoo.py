@@ -9,17 +9,19 @@ import sys
 import before_torch  # noqa: F401  # isort: skip
 import torch
 
-from datasets.data import make_images, replay_repeats, sample_replay
+from datasets.data import replay_repeats, sample_replay
+from datasets.images import make_images
 from multihead import train_or_load
 from utils.command import command
 from utils.config_files import ConfigError
 from utils.device import choose_device
 from utils.dry_run import estimate
+from utils.extend import check_extension, find_loss_rows
 from utils.learner import COST, WARM, load_run
 from utils.log import task_names
 from utils.metrics import accuracy, log_probs, negative_log_likelihood
 from utils.pretrained import freeze_backbone
-from utils.run import check_extension, find_looked_at, finish, open_run, place, plan_rounds, prepare, split_val
+from utils.run import finish, open_run, place, plan_rounds, prepare, split_val
 from utils.run_net import make_generator, predict_logits
 
 
@@ -40,6 +42,19 @@ def ensemble_log_probs(logits, weights):
     return (each + log_weights[:, None, None]).logsumexp(0) - math.log(sum(weights))
 
 
+def join(mean, weight, logits, share):
+    """The mean of some learners, whose weights sum to `weight`, and of one more, whose weight is `share`.
+
+    Args:
+        mean: [N, C] log probabilities (whatever, where `weight` is 0: there are no learners yet).
+        logits: [N, C], of the one more.
+
+    Returns:
+        [N, C] float64, log probabilities.
+    """
+    return ensemble_log_probs([mean, logits], [weight, share]) if weight else log_probs(logits)
+
+
 class Zoo:
     """The ensemble of all learners so far; a learner speaks only for the tasks that it was trained on.
 
@@ -54,6 +69,7 @@ class Zoo:
         loss: [T] mean negative log likelihood of the zoo's prediction on those training rows.
         accuracy: [T] on the test rows.
         shares: for each learner, its weight in the mean of each of its tasks.
+        names, class_names, nets: of a zoo that was loaded, see `load`; else None.
     """
 
     def __init__(self, train_labels, test_labels, classes, replay_frac=1.0, weigh_by_round=False):
@@ -66,10 +82,11 @@ class Zoo:
         self.shares = []
         # Of the learners that know a task: the sum of their weights, and the log of their mean class probabilities.
         self.weights = [0.0] * len(classes)
-        self.means = {"train_logits": [None] * len(classes), "test_logits": [None] * len(classes)}
+        self.train_means, self.test_means = [None] * len(classes), [None] * len(classes)
         # Without learners a task's prediction is uniform.
         self.loss = [math.log(c) for c in classes]
         self.accuracy = [1 / c for c in classes]
+        self.names = self.class_names = self.nets = None
 
     def add(self, learner):
         """Let one more learner speak, and bring loss and accuracy of its tasks up to date.
@@ -80,21 +97,17 @@ class Zoo:
         n = len(self.learners) if self.weigh_by_round else 1
         self.shares.append([n / (1 if self.weights[t] else self.replay_frac) for t in learner.tasks])
         for i, (t, share) in enumerate(zip(learner.tasks, self.shares[-1], strict=True)):
-            before = self.weights[t]
-            for key, means in self.means.items():
-                means[t], self.weights[t] = self._join(means[t], before, getattr(learner, key)[i], share)
+            self.train_means[t] = join(self.train_means[t], self.weights[t], learner.train_logits[i], share)
+            self.test_means[t] = join(self.test_means[t], self.weights[t], learner.test_logits[i], share)
+            self.weights[t] += share
             if self.train_labels:
-                self.loss[t] = negative_log_likelihood(self.means["train_logits"][t], self.train_labels[t])
-            self.accuracy[t] = accuracy(self.means["test_logits"][t], self.test_labels[t])
+                self.loss[t] = negative_log_likelihood(self.train_means[t], self.train_labels[t])
+            self.accuracy[t] = accuracy(self.test_means[t], self.test_labels[t])
 
     def predict_log_probs(self, t):
         """The zoo's log class probabilities for task t, [N, C_t] float64, on its test rows."""
         labels = self.test_labels[t]
-        return self.means["test_logits"][t] if self.weights[t] else self._uniform(t, len(labels), labels.device)
-
-    def _join(self, mean, weight, logits, share):
-        """The mean of one more learner, whose weight is `share`, and the sum of the weights in it."""
-        return (ensemble_log_probs([mean, logits], [weight, share]) if weight else log_probs(logits)), weight + share
+        return self.test_means[t] if self.weights[t] else self._uniform(t, len(labels), labels.device)
 
     def _uniform(self, t, n, device):
         return torch.full((n, self.classes[t]), -math.log(self.classes[t]), dtype=torch.float64, device=device)
@@ -103,7 +116,8 @@ class Zoo:
     def load(cls, folder, device="auto"):
         """The zoo of a run folder: all learners that it holds so far.
 
-        Its `loss` is not brought up to date; `names` has a text for each task, `class_names` for each of its classes.
+        Its `loss` is not brought up to date; `names` has a text for each task, `class_names` for each of its classes,
+        and `nets` a `MultiHead` for each learner, or None where the run did not keep it.
 
         Args:
             folder: a run of modelzoo.py; with --save_nets, for `predict`.
@@ -154,7 +168,7 @@ class Zoo:
                 if device.type == "cpu" and precision == "fp16":
                     precision = "fp32"  # the nearest that a CPU is good at
                 logits = predict_logits(net, images, rows, i, self.classes[t], precision)
-                mean, weight = self._join(mean, weight, logits, shares[i])
+                mean, weight = join(mean, weight, logits, shares[i]), weight + shares[i]
         return (mean if weight else self._uniform(t, len(images), device)).exp().cpu()
 
 
@@ -196,7 +210,8 @@ def choose_tasks(zoo, k, continual, tasks_per_round, naive, generator):
     n = min(tasks_per_round - 1, k) if continual else tasks_per_round
     equal = naive or not zoo.learners
     weights = torch.ones(drawable, dtype=torch.float64) if equal else task_weights(zoo.loss[:drawable])
-    return sample_tasks(weights, n, generator) + [k] * continual, weights.tolist()
+    tasks = sample_tasks(weights, n, generator)
+    return [*tasks, k] if continual else tasks, weights.tolist()
 
 
 def run(settings, loaded=None):
@@ -236,11 +251,11 @@ def grow_zoo(settings, precision, train, test, folder, log, old=(), val=None):
     continual, seed, r = settings.continual, settings.seed, settings.replay_frac
     num_tasks = settings.num_rounds if continual else len(settings.tasks)
     kept = [sample_replay(train, t, r, make_generator(seed, t, "replay")) for t in range(num_tasks)]
-    looked_at = kept if r < 1 else find_looked_at(folder, train, num_tasks)
+    loss_rows = kept if r < 1 else find_loss_rows(folder, train, num_tasks)
     frozen = 0
     if settings.freeze:
         train, test, val, frozen = freeze_backbone(settings, precision, folder, train, test, val)
-    zoo = Zoo([train.labels[rows] for rows in looked_at], [test.labels[test.rows(t)] for t in range(num_tasks)],
+    zoo = Zoo([train.labels[rows] for rows in loss_rows], [test.labels[test.rows(t)] for t in range(num_tasks)],
               train.classes[:num_tasks], r, settings.weigh_by_round)
 
     def train_rows(k, tasks, t):
@@ -256,7 +271,7 @@ def grow_zoo(settings, precision, train, test, folder, log, old=(), val=None):
                                           make_generator(seed, k, "draw"))
             tasks = list(old[k]) if k < len(old) else tasks  # a draw on another machine may have gone otherwise
         learner = train_or_load(settings, precision, train, test, tasks, [train_rows(k, tasks, t) for t in tasks],
-                                [looked_at[t] for t in tasks], k, folder, log, val)
+                                [loss_rows[t] for t in tasks], k, folder, log, val)
         zoo.add(learner)
         seen = k + 1 if continual else num_tasks
         unseen = [None] * (num_tasks - seen)
@@ -268,7 +283,8 @@ def grow_zoo(settings, precision, train, test, folder, log, old=(), val=None):
                       known=[t for t in range(seen) if zoo.weights[t]])
     cost = {key: sum(getattr(learner, key) for learner in zoo.learners) for key in COST}
     cost["parameters"] += frozen
-    return matrix, rounds, cost | {"stored_rows": (not continual or settings.tasks_per_round > 1) * sum(map(len, kept))}
+    replays = not continual or settings.tasks_per_round > 1  # Isolated never takes a past row
+    return matrix, rounds, cost | {"stored_rows": sum(map(len, kept)) if replays else 0}
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import math
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 
 import before_torch  # noqa: F401  # isort: skip
 import torch
@@ -81,11 +82,11 @@ def train_epochs(settings, precision, train, tasks, rows, round, start=None, wat
         yield net, values, snapshot
 
 
-def validate(net, val, tasks, precision, most):
-    """dict(val_loss, val_accuracy): means over the tasks, each on its rows of `val`, at most so many at once."""
+def validate(net, val, tasks, precision, max_batch=1000):
+    """dict(val_loss, val_accuracy): means over the tasks, each on its rows of `val`, at most `max_batch` at once."""
     loss, accuracy = [], []
     for head, t in enumerate(tasks):
-        logits = predict_logits(net, val.images, val.rows(t), head, val.classes[t], precision, most)
+        logits = predict_logits(net, val.images, val.rows(t), head, val.classes[t], precision, max_batch)
         labels = val.labels[val.rows(t)]
         loss.append(metrics.negative_log_likelihood(metrics.log_probs(logits), labels))
         accuracy.append(metrics.accuracy(logits, labels))
@@ -114,14 +115,14 @@ def require_finite(value, what, lr, precision):
                        f"try a lower lr{' or --precision fp32' * (precision != 'fp32')}")
 
 
-def train_learner(settings, precision, train, test, tasks, rows, seen, round, log, checkpoint=None, backbone=None,
+def train_learner(settings, precision, train, test, tasks, rows, loss_rows, round, log, checkpoint=None, backbone=None,
                   val=None):
     """Train a learner and evaluate it.
 
     Args:
         settings, precision, train, tasks, rows, round, backbone, val: see `train_epochs`.
         test: `TaskData` on the same device.
-        seen: [n] tensors, the rows of `train` on which the learner's logits are kept.
+        loss_rows: [n] tensors, the rows of `train` that the zoo's loss is taken over, and so the logits are kept of.
         log: the `RunLog`.
         checkpoint: a file that is kept up to date between epochs while training takes long, and from which training
             goes on where it is there (None: no such file).
@@ -149,9 +150,9 @@ def train_learner(settings, precision, train, test, tasks, rows, seen, round, lo
             due = time.perf_counter() + max(CHECKPOINT_SECONDS, 100 * (time.perf_counter() - now))
     classes = [train.classes[t] for t in tasks]
     train_logits, test_logits = [], []
-    for head, (t, looked_at) in enumerate(zip(tasks, seen, strict=True)):
+    for head, (t, of_task) in enumerate(zip(tasks, loss_rows, strict=True)):
         rest = (head, classes[head], precision, 2 * settings.batch)
-        train_logits.append(predict_logits(net, train.images, looked_at, *rest))
+        train_logits.append(predict_logits(net, train.images, of_task, *rest))
         test_logits.append(predict_logits(net, test.images, test.rows(t), *rest))
         for logits in (train_logits[-1], test_logits[-1]):
             largest = f"round {round + 1}: after training the largest logit"
@@ -162,7 +163,7 @@ def train_learner(settings, precision, train, test, tasks, rows, seen, round, lo
     return Learner(tuple(tasks), tuple(train_logits), tuple(test_logits), *cost, saved)
 
 
-def train_or_load(settings, precision, train, test, tasks, rows, seen, round, folder, log, val=None):
+def train_or_load(settings, precision, train, test, tasks, rows, loss_rows, round, folder, log, val=None):
     """The learner of `round`: from its file in the run folder where that is whole, else trained and saved there.
 
     Args and errors as of `train_learner`, with `folder` the run folder, in which the learner before lies, too.
@@ -170,17 +171,18 @@ def train_or_load(settings, precision, train, test, tasks, rows, seen, round, fo
     path, before = learner_path(folder, round), learner_path(folder, round - 1)
     inherits = settings.inherit and round > (WARM if settings.warm_start else 0)
     checkpoint = path.with_suffix(".checkpoint")
-    learner = load_learner(path, train, test, tasks, seen, log)
+    learner = load_learner(path, train, test, tasks, loss_rows, log)
     if learner is None:
         shape = train.images.shape[1:]
         pretrained = settings.weights and not settings.freeze
         backbone = load_backbone(before) if inherits else load_weights(settings, shape) if pretrained else None
-        arguments = (settings, precision, train, test, tasks, rows, seen, round, log, checkpoint, backbone, val)
+        train_it = partial(train_learner, settings, precision, train, test, tasks, rows, loss_rows, round, log,
+                           checkpoint=checkpoint, backbone=backbone, val=val)
         try:
-            learner = train_learner(*arguments)
+            learner = train_it()
         except BadSnapshot as e:
             set_aside(checkpoint, e, log)
-            learner = train_learner(*arguments)
+            learner = train_it()
         save_learner(path, learner)
     else:
         log.skip(settings.epochs * sum(map(len, rows)))

@@ -186,8 +186,8 @@ def inside(data_dir, path):
     except (OSError, ValueError, RuntimeError) as e:  # a path too long, with a null in it, a loop of links
         raise DataError(f"path: {path!r:.80} is not one that a file can have") from e
     if Path(path).is_absolute():
-        inside = Path(path).is_relative_to(Path(data_dir).absolute())
-        rest = f"write {Path(path).relative_to(Path(data_dir).absolute())}" if inside else "set --data_dir for it"
+        below = Path(path).is_relative_to(Path(data_dir).absolute())
+        rest = f"write {Path(path).relative_to(Path(data_dir).absolute())}" if below else "set --data_dir for it"
         raise DataError(f"path: {path} is absolute; it is taken below --data_dir, {data_dir}: {rest}")
     if os.path.normpath(path).split(os.sep)[0] == "..":
         raise DataError(f"path: {path} leads out of {data_dir}; it is taken below --data_dir")

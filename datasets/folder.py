@@ -13,7 +13,8 @@ from urllib.parse import quote
 import torch
 from PIL import Image
 
-from datasets.data import DataError, decode_image, is_image, read_all
+from datasets.data import DataError
+from datasets.images import decode_image, is_image, read_all
 from datasets.memory import allocate
 
 

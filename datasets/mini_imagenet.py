@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from datasets.data import DataError
+from datasets.data import DataError, one_line
 from datasets.npz import load_npz
 
 SPLITS = {"train": 64, "val": 16, "test": 20}  # classes in each cache; our labels run through them in this order
@@ -56,7 +56,7 @@ def load_cache(path, num_classes):
     except MemoryError:
         raise
     except Exception as e:  # a damaged pickle can raise nearly anything
-        raise DataError(f"{path}: not a mini-ImageNet cache ({' '.join(str(e).split())[:120]})") from e
+        raise DataError(f"{path}: not a mini-ImageNet cache ({one_line(e, 120)})") from e
     if not (isinstance(cache, dict) and {"image_data", "class_dict"} <= cache.keys()):
         raise DataError(f"{path}: must hold image_data and class_dict")
     images, class_dict = cache["image_data"], cache["class_dict"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from datasets.data import DataError
+from datasets.data import DataError, one_line
 from datasets.memory import allocate
 
 NPZ_KEYS = [f"{split}_{what}" for split in ("train", "test") for what in ("images", "labels")]
@@ -93,7 +93,7 @@ def _open_array(path, key):
     except (DataError, MemoryError):
         raise
     except Exception as e:  # numpy and zipfile raise nearly anything on a damaged file
-        raise DataError(f"{path}: not a whole .npz file ({' '.join(str(e).split())[:120]})") from e
+        raise DataError(f"{path}: not a whole .npz file ({one_line(e, 120)})") from e
 
 
 def load_npz(path, shape=None, num_labels=None):
@@ -212,7 +212,7 @@ def load_or_download(name, torchvision_class, files, data_dir, shape, num_labels
                 p.rmdir()
         raise DataError(
             f"{name}: no data: looked for {cache} and for torchvision's files in {Path(data_dir) / files}, and the "
-            f"download failed ({' '.join(str(e).split())[:80]}); connect this machine to the network, or put either "
+            f"download failed ({one_line(e, 80)}); connect this machine to the network, or put either "
             "of the two there"
         ) from e
     arrays = {}

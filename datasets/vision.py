@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from datasets.data import Damaged, DataError, decode_image, read_all
+from datasets.data import DataError, one_line
+from datasets.images import Damaged, decode_image, read_all
 from datasets.memory import allocate
 from datasets.npz import leave_cache, load_class_names, load_npz
 
@@ -20,7 +21,7 @@ TEST = {"CLEVRClassification": "val", "ImageNet": "val", "Imagenette": "val", "P
 # Their constructors look like the others', but an image has several labels, boxes, a mask or a partner.
 UNLABELLED = ("CelebA", "Cityscapes", "Kitti", "LFWPairs", "WIDERFace")
 # Keywords that are no setting of the data, or (QMNIST's) choose training and test rows past `train`.
-OURS = ("self", "root", "download", "transform", "target_transform", "transforms", "loader", "is_valid_file",
+RESERVED = ("self", "root", "download", "transform", "target_transform", "transforms", "loader", "is_valid_file",
         "allow_empty", "what", "compat")
 
 
@@ -105,7 +106,7 @@ def split_keywords(make):
     Raises:
         DataError: all rows come in one set.
     """
-    others = {key: p for key, p in parameters(make).items() if key not in OURS}
+    others = {key: p for key, p in parameters(make).items() if key not in RESERVED}
     name, split = make.__name__, others.get("split")
     if "train" in others:  # of EMNIST, `split` is something else
         key, chosen = "train", (True, False)
@@ -145,7 +146,7 @@ def _make(make, options, data_dir, cache):
         raise
     except Exception as e:  # torchvision raises nearly anything where a file is damaged or the network is away
         _remove_empty(root, known)
-        why = " ".join(str(e).split())[:160]
+        why = one_line(e, 160)
         if isinstance(e, ValueError) and "argument" in why:
             raise DataError(f"torchvision's {name} refuses a keyword ({why})") from e
         way = "the download failed" if download else "torchvision downloads none"
@@ -200,7 +201,7 @@ def read_rows(name, rows, data_dir, size=None, shape=None):
         except MemoryError:
             raise
         except Exception as e:  # see `decode_image`
-            why = " ".join(str(e).split())[:120]
+            why = one_line(e, 120)
             raise Damaged(f"{name}, image {i} (counted from 0): not a readable image ({why})") from e
         if not isinstance(image, Image.Image) or not hasattr(label, "__index__") or label < 0:
             raise DataError(f"{name}: row {i} (counted from 0) is not an image with one whole number as its label")

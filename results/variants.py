@@ -78,7 +78,7 @@ def inherit_heads(build=multihead.build_net, train=multihead.train_epochs):
         heads.clear()
         for t in tasks:
             for k in reversed(range(round)):
-                saved = load_tensors(learner_path(Path(settings.out) / settings.name, k), "cpu")
+                saved = load_tensors(learner_path(settings.folder, k), "cpu")
                 if t in saved["tasks"]:
                     i, state = saved["tasks"].index(t), saved["net"]["state"]
                     heads.append((state["heads.weight"][i], state["heads.bias"][i]))

@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from datasets import data, folder
 from datasets.build_dataset import build_dataset
-from datasets.data import Damaged, DataError, load_image, read_all
+from datasets.data import DataError
+from datasets.images import Damaged, load_image, read_all
 from utils.run_net import make_generator
 
 TASKS = [("ant", "bee"), ("bee", "cat")]

@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 import modelzoo
 from net.build_net import build_net, set_dropout_generator
+from tests.commands import numbers, start
 from tests.conftest import CONV, flags, write_yaml
-from tests.test_runs import numbers, start
 from utils import capture, run_net
 from utils.capture import capture_step
 from utils.command import command
@@ -364,5 +364,5 @@ def test_capture_is_checked_and_free_to_change(workspace, capsys):
 def test_steps_on_a_cpu_are_not_captured(monkeypatch):
     monkeypatch.setattr(run_net, "capture_step", lambda *_: pytest.fail("captured"))
     learn("conv", "fp32", epochs=1)
-    assert not capture.can_capture(torch.device("cuda", 0), capture.MOST + 1)
-    assert capture.can_capture(torch.device("cuda", 0), capture.MOST)
+    assert not capture.can_capture(torch.device("cuda", 0), capture.MAX_BATCH + 1)
+    assert capture.can_capture(torch.device("cuda", 0), capture.MAX_BATCH)

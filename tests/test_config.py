@@ -10,8 +10,16 @@ import multihead
 from tests.conftest import CONV, flags, write_yaml
 from utils import command as cli
 from utils.config import read_settings
-from utils.config_files import DATASETS, OPTIONAL, ConfigError, dump_yaml, load_yaml, read_dataset, read_hyperparam
-from utils.run import record
+from utils.config_files import (
+    DATASETS,
+    HYPER_OPTIONAL,
+    ConfigError,
+    dump_yaml,
+    load_yaml,
+    read_dataset,
+    read_hyperparam,
+)
+from utils.run_folder import record
 
 CONFIG = Path(__file__).parent.parent / "config"
 TASKS = [[0, 1], [2, 3], [4, 5]]
@@ -42,8 +50,8 @@ def refuse(workspace, capsys, *more, method="modelzoo"):
     ({"model": "conv_0"}, "model: 'conv_0' is not one of"),
     ({"width": 0}, "width: 0 must be at least 1"),
     ({"width": "wide"}, "width: 'wide' is not a whole number"),
-    ({"model": "wrn16_4", "width": 80}, "width: is of model conv alone, not of 'wrn16_4'"),
-    ({"model": "conv_160", "width": 80}, "width: is of model conv alone, not of 'conv_160'"),
+    ({"model": "wrn16_4", "width": 80}, "width: only model conv has one, not 'wrn16_4'; leave it out"),
+    ({"model": "conv_160", "width": 80}, "width: only model conv has one, not 'conv_160'; leave it out"),
     ({"batch": 0}, "batch: 0 must be at least 1"),
     ({"batch": 1.5}, "batch: 1.5 is not a whole number"),
     ({"batch": "16"}, "batch: '16' is not a whole number"),
@@ -91,14 +99,14 @@ def test_hyperparameter_files(workspace, capsys, changes, message):
     ({"dataset": "mnist", "tasks": {"a": [0, 1]}}, "tasks: must be a list of tasks"),
     ({"dataset": "mnist", "tasks": [[0, 1], [2]]}, "task 1 (counted from 0): must be a list of at least two labels"),
     ({"dataset": "mnist", "tasks": [[0, 1], 2]}, "task 1 (counted from 0): must be a list of at least two labels"),
-    ({"dataset": "mnist", "tasks": [[0, 0]]}, "label 0 is there twice"),
+    ({"dataset": "mnist", "tasks": [[0, 0]]}, "label 0 appears twice"),
     ({"dataset": "mnist", "tasks": [[0, 10]]}, "label: 10 must be at least 0 and at most 9"),
     ({"dataset": "cifar100", "tasks": [[0, 200]]}, "label: 200 must be at least 0 and at most 199"),
     ({"dataset": "mnist", "tasks": [[0, -1]]}, "label: -1 must be at least 0"),
     ({"dataset": "mnist", "tasks": [[0, "one"]]}, "label: 'one' is not a whole number"),
     ({"dataset": "mnist", "tasks": [[0, True]]}, "label: True is not a whole number"),
     ({"dataset": "mnist", "tasks": TASKS, "names": ["a"]}, "names: must be a list of 3 names"),
-    ({"dataset": "mnist", "tasks": TASKS, "names": ["a", "b", "a"]}, "names: 'a' is there twice"),
+    ({"dataset": "mnist", "tasks": TASKS, "names": ["a", "b", "a"]}, "names: 'a' appears twice"),
     ({"dataset": "mnist", "tasks": TASKS, "names": ["a", "b", 3]}, "name 2: 3 is not a text"),
     ({"dataset": "mnist", "tasks": TASKS, "names": ["a", "b", "\x1b[31m"]}, "cannot be printed on one line"),
     ([1, 2], "must hold keys and values"),
@@ -111,7 +119,7 @@ def test_dataset_files(workspace, capsys, content, message):
 
 @pytest.mark.parametrize("text, message", [
     ("dataset: [", "not a valid YAML file at line"),
-    ("a: 1\na: 2\n", "key a is there twice"),
+    ("a: 1\na: 2\n", "key a appears twice"),
     ("1: 2\n", "key 1 is not a word"),
     ("dataset: !!python/object/apply:os.system ['true']\n", "not a valid YAML file"),
     ("x: 2001-99-99\n", "not a valid YAML file"),
@@ -257,7 +265,7 @@ def test_shipped_files_are_the_contract(tmp_path):
                           "schedule": "constant", "augment": False}}
     for name, values in expected.items():
         found = read_hyperparam(CONFIG / f"hyperparam/{name}.yaml")
-        left_out = {key: default for key, (_, default) in OPTIONAL.items()}
+        left_out = {key: default for key, (_, default) in HYPER_OPTIONAL.items()}
         assert found == {"epochs": 100, "augment": True, **values, **left_out}
 
 

@@ -13,8 +13,9 @@ from PIL import Image
 from datasets import mini_imagenet
 from datasets.build_dataset import build_dataset
 from datasets.cifar import load_cifar100
-from datasets.data import DataError, load_image, make_tasks
+from datasets.data import DataError, make_tasks
 from datasets.digits import load_digits
+from datasets.images import load_image
 from datasets.modmnist import modify, permute, rotate
 from datasets.npz import load_npz, load_val
 from tests.conftest import CONV, make_arrays, write_yaml

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import start
 from tests.conftest import CONV, write_yaml
-from tests.test_runs import start
 from tools.plot import KINDS
 from tools.sweep import read_grid
 from utils.config import read_settings
-from utils.config_files import OPTIONAL, RANGES, load_yaml, read_dataset
+from utils.config_files import HYPER_OPTIONAL, RANGES, load_yaml, read_dataset
 from utils.search import read_search
 
 ROOT = Path(__file__).parent.parent
@@ -114,8 +114,8 @@ def test_hyperparameter_files_train(page, workspace):
         (workspace / "hp.yaml").write_text(text)
         start(workspace, f"a{i}", "--continual", "--num_rounds", "2", "--epochs", "2", "--val_frac", "0.2")
     table = (ROOT / "docs/training.md").read_text()
-    assert set(re.findall(r"^\| `(\w+)` \|", table, re.M)) == {*RANGES, *OPTIONAL, "epochs", "schedule", "augment"} - {
-        "weights", "freeze"}
+    keys = {*RANGES, *HYPER_OPTIONAL, "epochs", "schedule", "augment"}
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.M)) == keys - {"weights", "freeze"}
 
 
 def test_grid_of_the_sweep_is_read(tmp_path, monkeypatch):

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import MAIN, start
 from tests.conftest import flags, write_yaml
-from tests.test_runs import MAIN, start
 from utils import command as cli
 from utils import dry_run, run_net
 from utils.config import read_settings
@@ -61,7 +61,7 @@ def test_a_dry_run_says_what_becomes_of_a_folder_that_is_there(workspace, capsys
     before = files(workspace)
     capsys.readouterr()
     assert try_out(workspace, "--name", "a", "--continual") == 0
-    assert "would be refused: " in (out := capsys.readouterr().out) and "is there already: --resume goes on with" in out
+    assert "would be refused: " in (out := capsys.readouterr().out) and "already exists: --resume goes on with" in out
     assert try_out(workspace, "--name", "a", "--continual", "--resume") == 0
     out = capsys.readouterr().out
     assert out.endswith("2 of 3 rounds found\n") and " in all that is left " in out

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 import modelzoo
-from datasets.data import DataError, make_images
+from datasets.data import DataError
+from datasets.images import make_images
 from modelzoo import Zoo
 from tests.conftest import flags, write_yaml
 from tools import export

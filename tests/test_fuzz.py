@@ -22,12 +22,13 @@ from PIL import Image
 
 import modelzoo
 from datasets.build_dataset import build_dataset
-from datasets.data import DataError, load_image
+from datasets.data import DataError
 from datasets.folder import visible
+from datasets.images import load_image
 from datasets.mini_imagenet import load_cache
 from datasets.npz import load_npz
+from tests.commands import numbers, start
 from tests.conftest import CONV, flags, make_arrays, write_yaml
-from tests.test_runs import numbers, start
 from utils import command as cli
 from utils.run import prepare
 from utils.run_net import make_generator

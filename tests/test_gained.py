@@ -7,8 +7,8 @@ import torch
 import modelzoo
 from datasets.build_dataset import build_dataset
 from datasets.data import find_rows, hash_rows
+from tests.commands import start
 from tests.conftest import flags, make_arrays, write_yaml
-from tests.test_runs import start
 from utils.command import command
 from utils.run_net import make_generator
 
@@ -84,7 +84,7 @@ def refuse(grown, capsys, *more, message):
 
 @pytest.mark.parametrize("key, change, message", [
     ("train_images", lambda x: x[:-1], "training rows of task"),
-    ("train_images", lambda x: np.where(np.arange(len(x))[:, None, None, None] == 9, 255 - x, x), "are gained or gone"),
+    ("train_images", lambda x: np.where(np.arange(len(x))[:, None, None, None] == 9, 255 - x, x), "training rows of"),
     ("test_images", lambda x: 255 - x, "the test rows of task 0 (counted from 0) have changed"),
     ("test_images", lambda x: x[::-1], "have changed"),
 ])
@@ -98,26 +98,28 @@ def test_rows_that_went_or_changed_are_refused(grown, capsys, key, change, messa
     if key == "test_images" and not np.array_equal(changed, 255 - arrays[key]):
         arrays[labels] = arrays[labels][::-1]
     np.savez(grown / "data/toy.npz", **arrays | {key: changed})
-    refuse(grown, capsys, message=message.replace("are gained or gone", "training rows of task"))
+    refuse(grown, capsys, message=message)
 
 
-def test_samples_replay_and_older_runs_are_told_why(grown, capsys):
+def test_rows_that_were_not_recorded_or_are_damaged_are_told(grown, capsys):
     (grown / "runs/old/rows.pt").unlink()
     refuse(grown, capsys, message="it did not record its rows one by one")
     (grown / "runs/old/rows.pt").write_bytes(b"half")
     refuse(grown, capsys, message="rows.pt: damaged; remove it, and the run's own command with --resume")
 
 
-def test_a_share_of_past_rows_stays_as_it_is(grown, capsys):
-    arrays = make_arrays()
+@pytest.mark.parametrize(("more", "message"), [
+    (("--replay_frac", "0.5"), "with --replay_frac below 1 the rows that are kept of a past task stay"),
+    (("--samples", "9"), "(counted from 0) are gone; with more rows, --samples chooses others"),
+])
+def test_where_a_share_of_rows_is_chosen_none_may_be_gained(grown, capsys, more, message):
     grown_rows = (grown / "data/toy.npz").read_bytes()
-    np.savez(grown / "data/toy.npz", **arrays)
+    np.savez(grown / "data/toy.npz", **make_arrays())
     write_yaml(grown / "data.yaml", {"dataset": "npz", "path": "toy.npz", "tasks": [[0, 1], [2, 3]]})
-    start(grown, "share", "--continual", "--replay_frac", "0.5")
+    start(grown, "share", "--continual", *more)
     write_yaml(grown / "data.yaml", {"dataset": "npz", "path": "toy.npz", "tasks": [[0, 1], [2, 3], [4, 5]]})
     (grown / "data/toy.npz").write_bytes(grown_rows)
-    refuse(grown, capsys, "--replay_frac", "0.5", "--extend", str(grown / "runs/share"),
-           message="with --replay_frac below 1 the rows that are kept of a past task stay")
+    refuse(grown, capsys, *more, "--extend", str(grown / "runs/share"), message=message)
 
 
 def test_hashes_tell_rows_and_classes_apart_wherever_they_stand(workspace):

@@ -50,15 +50,6 @@ def local_ray():
     ray.shutdown()
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """More threads than free cores make small networks many times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def files(tmp_path, monkeypatch):
     """A dataset of two tasks that a linear rule tells apart, and a hyper-parameter file, in an empty working folder."""
@@ -276,7 +267,7 @@ def test_a_search_writes_settings_that_the_other_scripts_read(files, local_ray, 
     assert "was run with num_samples 2, not 81" in capsys.readouterr().err
     Path("config/hyperparam/mine.yaml").write_text(HYPER)
     assert hpo.main([*files, "--name", "mine"]) == 2
-    assert "mine.yaml is there already" in capsys.readouterr().err
+    assert "mine.yaml already exists" in capsys.readouterr().err
     assert Path("config/hyperparam/mine.yaml").read_text() == HYPER
 
 

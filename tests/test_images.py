@@ -11,7 +11,8 @@ import pytest
 from PIL import Image, ImageCms, ImageOps
 
 from datasets.build_dataset import build_dataset
-from datasets.data import DataError, load_image
+from datasets.data import DataError
+from datasets.images import load_image
 from modelzoo import Zoo
 from tests.conftest import CONV, write_yaml
 from utils.command import command

@@ -9,11 +9,9 @@ import modelzoo
 import multihead
 from modelzoo import Zoo
 from net.build_net import build_net
+from tests.commands import checkpoint_every_epoch, numbers, shorten, start
 from tests.conftest import CONV, flags, write_yaml
 from tests.runfolders import make_run, make_seeds, read_groups
-from tests.test_runs import numbers, start
-from tests.test_saved import shorten
-from tests.test_survival import checkpoint_every_epoch
 from tools.runs import load_frame
 from utils import learner as learner_files
 from utils.command import command

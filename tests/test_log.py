@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from wcwidth import wcswidth
 
+from tests.commands import start
 from tests.conftest import flags, write_yaml
-from tests.test_runs import start
 from utils import log
 from utils.config import read_settings
 from utils.config_files import ConfigError

@@ -19,8 +19,8 @@ from datasets.build_dataset import build_dataset, hold_out, load_whole
 from datasets.data import DataError, TaskData
 from datasets.memory import allocate
 from datasets.npz import CHUNK, load_npz
+from tests.commands import numbers, start
 from tests.conftest import CONV, flags, make_arrays, write_yaml
-from tests.test_runs import numbers, start
 from utils import run, run_net
 from utils.run_folder import RunError, naming_memory
 from utils.run_net import make_generator

@@ -536,7 +536,7 @@ def test_every_method_stands_in_the_report(workspace, avalanche, capsys):
 def test_resume_leaves_a_finished_run_and_redoes_an_unfinished_one(workspace, avalanche, capsys):
     result = learn(workspace, "naive")
     assert status_of(workspace, "naive", "--name", "a") == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert status_of(workspace, "naive", "--name", "a", "--resume") == 0
     assert capsys.readouterr().out.endswith("a: done already\n")
     (workspace / "runs/a/result.json").unlink()

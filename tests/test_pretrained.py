@@ -12,8 +12,8 @@ import modelzoo
 import multihead
 from modelzoo import Zoo
 from net.build_net import build_net, read_model
+from tests.commands import numbers, start
 from tests.conftest import CONV, flags, make_arrays, write_yaml
-from tests.test_runs import numbers, start
 from tools import export
 from tools.runs import read_run
 from utils.command import command, guard

@@ -9,14 +9,13 @@ import torch
 import modelzoo
 import multihead
 from datasets.build_dataset import build_dataset, hold_out
+from tests.commands import checkpoint_every_epoch, numbers, start
 from tests.conftest import CONV, flags, make_arrays, write_yaml
-from tests.test_runs import numbers, start
-from tests.test_survival import checkpoint_every_epoch
 from tools.peers import read_peers
 from utils import run_net
 from utils.command import command
 from utils.config import read_settings
-from utils.config_files import OPTIONAL, SCHEDULES, ConfigError
+from utils.config_files import HYPER_OPTIONAL, SCHEDULES, ConfigError
 from utils.run_folder import load_tensors
 from utils.run_net import make_generator
 from utils.search import read_search
@@ -36,14 +35,14 @@ def refuse(workspace, capsys, *more):
 @pytest.mark.parametrize("keys, message", [
     ({"optimizer": "sgd"}, "unknown key optimizer; did you mean optimiser?"),
     ({"optimiser": "adam"}, "optimiser: 'adam' is not one of sgd, adamw"),
-    ({"optimiser": "adamw", "momentum": 0.9}, "momentum: is of optimiser sgd alone"),
+    ({"optimiser": "adamw", "momentum": 0.9}, "momentum: only optimiser sgd has one; leave it out"),
     ({"momentum": 1}, "momentum: 1.0 must be at least 0 and below 1"),
     ({"warmup": 2}, "warmup: 2 must be below the number of epochs, 2"),
     ({"warmup": -1}, "warmup: -1.0 must be at least 0"),
-    ({"lr_min": 0.001}, "lr_min: a constant schedule never comes to it"),
+    ({"lr_min": 0.001}, "lr_min: schedule constant does not use it; leave it out, or take cosine"),
     ({"schedule": "cosine", "lr_min": 0.02}, "lr_min: 0.02 must be at most lr, 0.01"),
     ({"clip_norm": 0}, "clip_norm: 0.0 must be above 0"),
-    ({"clip_norm": None}, "clip_norm: holds nothing"),
+    ({"clip_norm": None}, "clip_norm: has no value"),
     ({"label_smoothing": 1}, "label_smoothing: 1.0 must be at least 0 and below 1"),
     ({"class_weights": "auto"}, "class_weights: 'auto' is not one of balanced"),
     ({"best_epoch": "yes please"}, "best_epoch: 'yes please' is not true or false"),
@@ -80,7 +79,7 @@ def test_avalanches_methods_take_what_they_run_with_and_refuse_the_rest(workspac
 def test_what_holds_no_rows_out_takes_no_best_epoch(workspace):
     write_yaml(workspace / "hp.yaml", CONV | {"best_epoch": True})
     for read in (lambda: read_search("hpo.py", flags(workspace)), lambda: read_peers(["naive", *flags(workspace)])):
-        with pytest.raises(ConfigError, match="best_epoch: is of modelzoo.py and multihead.py alone; leave it out"):
+        with pytest.raises(ConfigError, match="best_epoch: only modelzoo.py and multihead.py have it; leave it out"):
             read()
 
 
@@ -222,7 +221,7 @@ def test_any_choice_of_keys_trains_or_is_one_line(workspace, capsys):
     values = {"optimiser": ["sgd", "adamw"], "momentum": [0, 0.5, 2], "warmup": [0, 0.5, 1, 9], "lr_min": [0, 1e-3, 1],
               "clip_norm": [0.1, 100, -1], "label_smoothing": [0, 0.2], "class_weights": ["balanced", "none"],
               "best_epoch": [True, False], "schedule": list(SCHEDULES)}
-    assert values.keys() == {*OPTIONAL, "schedule"} - {"weights", "freeze"}
+    assert values.keys() == {*HYPER_OPTIONAL, "schedule"} - {"weights", "freeze"}
     for i in range(25):
         keys = {key: chance.choice(values[key]) for key in chance.sample(sorted(values), chance.randrange(len(values)))}
         write_yaml(workspace / "hp.yaml", CONV | {"width": 8} | keys)

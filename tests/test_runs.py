@@ -17,6 +17,7 @@ import yaml
 import modelzoo
 import multihead
 from net.wideresnet import Dropout
+from tests.commands import numbers, start
 from tests.conftest import CONV, flags, make_arrays, write_yaml
 from utils import command as cli
 from utils import run
@@ -30,22 +31,6 @@ from utils.run_folder import load_tensors, open_folder
 from utils.run_net import make_generator
 
 ROOT = Path(__file__).parent.parent
-MAIN = {"modelzoo": modelzoo.run, "multihead": multihead.run}
-
-
-def start(workspace, name, *more, method="modelzoo"):
-    """Run a command that must work; returns its result.json."""
-    assert cli.command(f"{method}.py", method, MAIN[method], flags(workspace, "--name", name, *more)) == 0
-    return json.loads((workspace / "runs" / name / "result.json").read_text())
-
-
-def numbers(result):
-    """What must be equal between two runs of the same settings: all but times and names."""
-    result = json.loads(json.dumps(result))
-    del result["seconds"], result["config"]
-    for r in result["rounds"]:
-        del r["seconds"]
-    return result
 
 
 def test_continual_run_folder(workspace):
@@ -311,7 +296,7 @@ def test_existing_folder_is_neither_overwritten_nor_mixed(workspace, capsys):
     before = {p: p.read_bytes() for p in (workspace / "runs").rglob("*") if p.is_file()}
     capsys.readouterr()
     for more, message in (
-        (["--continual"], "is there already"),
+        (["--continual"], "already exists"),
         (["--continual", "--resume", "--seed", "1"], "seed 0, not 1"),
         (["--resume"], "was run with continual True, not False"),
     ):

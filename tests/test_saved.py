@@ -17,8 +17,8 @@ import modelzoo
 import multihead
 from datasets.data import DataError
 from modelzoo import Zoo
+from tests.commands import numbers, shorten, start
 from tests.conftest import CONV, flags, make_arrays, write_yaml
-from tests.test_runs import numbers, start
 from utils import command as cli
 from utils.config_files import ConfigError
 from utils.learner import learner_path
@@ -198,13 +198,6 @@ def test_without_save_nets_only_what_is_stored_can_be_read(workspace):
     assert zoo.predict_log_probs(0).shape == (10, 2)
     with pytest.raises(ConfigError, match="--save_nets"):
         zoo.predict(np.zeros((2, 24, 24), "uint8"), 0)
-
-
-def shorten(workspace, n=2):
-    """A dataset file with the first n tasks alone."""
-    tasks = [[0, 1], [2, 3], [4, 5]][:n]
-    write_yaml(workspace / "short.yaml", {"dataset": "npz", "path": "toy.npz", "tasks": tasks})
-    return "--data_config", str(workspace / "short.yaml")
 
 
 @pytest.mark.parametrize("more", [(), ("--replay_frac", "0.3", "--save_nets"), ("--samples", "7", "--seed", "3")])

@@ -141,7 +141,7 @@ lr: 0.02
 
 
 @pytest.mark.parametrize("text, message", [
-    ("lr:", "lr: holds nothing"), ("batch: 1_000", "batch: '1_000' is not a whole number"),
+    ("lr:", "lr: has no value"), ("batch: 1_000", "batch: '1_000' is not a whole number"),
     ("batch: 0x10", "'0x10' is not a whole number"), ("lr: .NaN", "'.NaN' is not a number"),
     ("lr: 1,5", "'1,5' is not a number"), ("augment: 'yes'", "augment: 'yes' is not true or false"),
     ("? [a, b]\n: 1", "not a word"), ("on: 1", "key True is not a word; put it in quotes"),

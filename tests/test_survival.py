@@ -20,15 +20,14 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 import modelzoo
 import multihead
+from tests.commands import MAIN, checkpoint_every_epoch, numbers, start
 from tests.conftest import CONV, flags, write_yaml
-from tests.test_runs import MAIN, numbers, start
 from utils import command as cli
 from utils import learner
 from utils.config import read_settings
@@ -61,12 +60,6 @@ def nobody():
     if os.geteuid() == 0:
         os.setgid(65534)
         os.setuid(65534)
-
-
-def checkpoint_every_epoch():
-    """A checkpoint is due when its time has come, and where time stands still it always has."""
-    multihead.CHECKPOINT_SECONDS = 0
-    multihead.time = SimpleNamespace(perf_counter=lambda: 0.0)
 
 
 def child(argv, method, setups, output):

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 import modelzoo
 import multihead
@@ -46,10 +45,7 @@ def files(tmp_path, monkeypatch):
     np.savez("data/two.npz", **arrays)
     Path("two.yaml").write_text("dataset: npz\npath: two.npz\ntasks: [[0, 1], [2, 3]]\n")
     Path("small.yaml").write_text("model: conv\nbatch: 16\nlr: 0.01\nl2_reg: 1e-5\ndropout: 0\nepochs: 2\n")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield ["--data_config", "two.yaml", "--hp_config", "small.yaml"]
-    torch.set_num_threads(threads)
+    return ["--data_config", "two.yaml", "--hp_config", "small.yaml"]
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +99,7 @@ def test_a_grid_file_says_the_same_as_flags_which_go_over_it(files):
         (["--methods", "multihead", "--seeds", "0-"], "--seeds: '0-' is not a list of seeds"),
         (["--methods", "multihead", "--seeds", "1,4-0"], "--seeds: 4-0 runs backwards; write 0-4"),
         (["--methods", "multihead", "--continual"], "unrecognized arguments: --continual"),
-        (["--methods", "multihead", "--dry_run"], "--dry_run: is of a single run: python multihead.py"),
+        (["--methods", "multihead", "--dry_run"], "--dry_run: works on one run, not on a sweep: python multihead.py"),
         (["--methods", "modelzoo --replay_frac 0.5"], "--replay_frac below 1 needs --continual"),
         (["--methods", "multihead", "multihead"], "would be the folder of two runs"),
         (["--methods", "multihead", "--seeds", "0-1", "--name", "x"], "would be the folder of two runs"),
@@ -191,7 +187,7 @@ def test_files_of_a_node_that_does_not_share_the_folder_come_through_ray(files, 
     loaded = load_whole("npz", settings[0].tasks, "data", "two.npz")
     task = ray.remote(sweep.execute).options(num_returns=2)
     outcome, brought = task.remote(settings[0], loaded, "/a folder that no node has", 1)
-    row = sweep.Row(sweep.folder_of(settings[0]))
+    row = sweep.Row(settings[0].folder)
     sweep.collect(outcome, row, brought)
     assert row.state == "done" and row.accuracy == read_result(row.folder)["average_accuracy"]
     assert (row.folder / "config.yaml").exists() and (row.folder / "log.jsonl").exists()

@@ -66,10 +66,10 @@ def test_learning_rate_is_annealed_to_zero_over_all_steps():
 
 
 def test_learning_rate_rises_and_ends_where_it_is_asked_to():
-    rates = [learning_rate("cosine", 0.4, step, 6, warmup=2, lr_min=0.1) for step in range(7)]
+    rates = [learning_rate("cosine", 0.4, step, 6, warmup_steps=2, lr_min=0.1) for step in range(7)]
     middle = 0.1 + 0.15 * (1 + math.sqrt(0.5))
     assert rates == pytest.approx([0.2, 0.4, 0.4, middle, 0.25, 0.1 + 0.15 * (1 - math.sqrt(0.5)), 0.1])
-    assert [learning_rate("constant", 0.4, step, 6, warmup=2) for step in (0, 1, 5)] == [0.2, 0.4, 0.4]
+    assert [learning_rate("constant", 0.4, step, 6, warmup_steps=2) for step in (0, 1, 5)] == [0.2, 0.4, 0.4]
 
 
 def test_smoothed_labels_share_a_tasks_own_classes_alone():

@@ -13,9 +13,8 @@ from modelzoo import Zoo
 from net.build_net import build_net, set_dropout_generator
 from net.vision import BatchNorm2d, StochasticDepth, VisionNet
 from net.wideresnet import Dropout
+from tests.commands import checkpoint_every_epoch, numbers, start
 from tests.conftest import CONV, flags, make_arrays, write_yaml
-from tests.test_runs import numbers, start
-from tests.test_survival import checkpoint_every_epoch
 from tools import export
 from utils.command import command, guard
 from utils.run_net import forward, make_generator

@@ -28,7 +28,7 @@ from net.build_net import build_net, set_dropout_generator
 from utils import metrics
 from utils.command import guard, name_batch
 from utils.config import Settings, add_multihead_flags, make_parser, make_settings
-from utils.config_files import OPTIONAL, ConfigError, check
+from utils.config_files import HYPER_OPTIONAL, ConfigError, check
 from utils.run import finish, open_run, place, prepare
 from utils.run_folder import RunError
 from utils.run_net import (
@@ -100,7 +100,7 @@ def read_peers(argv=None):
         own = {flag: flags[flag] if method in users else None for flag, users in FLAGS.items()}
         settings = make_settings(f"avalanche-{method}", flags | own, PeerSettings)
         n = len(settings.tasks)
-        for key, (_, default) in OPTIONAL.items():
+        for key, (_, default) in HYPER_OPTIONAL.items():
             if key not in ("warmup", "lr_min") and getattr(settings, key) != default:
                 raise ConfigError(f"{settings.hp_config}: {key}: Avalanche's methods run without it; leave it out")
         if method == "agem" and own["memory"] is not None and own["memory"] < n:

@@ -15,9 +15,9 @@ from utils import metrics
 from utils.config_files import ConfigError, load_yaml
 from utils.learner import COST, WARM, learner_path, make_learner
 from utils.log import first_seen, task_names
-from utils.run_folder import FREE, LATER, load_tensors
+from utils.run_folder import LATER, MAY_CHANGE, load_tensors
 
-APART = (*FREE, "save_nets", "threads", "seed", "task_order", "names")  # settings that may differ within a group
+APART = (*MAY_CHANGE, "save_nets", "threads", "seed", "task_order", "names")  # settings that may differ within a group
 DATA = ("dataset", "keywords", "path", "size", "tasks")  # one setting here: which tasks
 SHAPES = {"cifar100": (3, 32, 32), "cifar10": (3, 32, 32), "mini_imagenet": (3, 84, 84)} | dict.fromkeys(
     ("mnist", "rotated_mnist", "permuted_mnist", "digits", "rotated_digits"), (1, 28, 28))

@@ -24,13 +24,13 @@ from tqdm import tqdm
 import modelzoo
 import multihead
 from datasets.build_dataset import load_whole
-from datasets.data import DataError
+from datasets.data import DataError, one_line
 from utils.cluster import check_shares, connect, share_out
 from utils.command import guard
 from utils.config import Parser, read_settings
 from utils.config_files import ConfigError, check, load_yaml
 from utils.log import print_table, say
-from utils.run_folder import FREE, LATER, RunError, write_file
+from utils.run_folder import LATER, MAY_CHANGE, RunError, write_file
 
 METHODS = {
     "modelzoo": ("modelzoo",),
@@ -139,18 +139,14 @@ def read_grid(argv):
         files = ["--data_config", data_config, "--hp_config", hp_config, "--seed", str(seed)]
         settings = read_settings(f"{method}.py", method, [*fixed, *own, *common, *files])
         if settings.dry_run:
-            raise ConfigError(f"--dry_run: is of a single run: python {method}.py {data_config} ... --dry_run")
+            raise ConfigError("--dry_run: works on one run, not on a sweep: "
+                              f"python {method}.py {data_config} ... --dry_run")
         runs.append(replace(settings, resume=True))
-    folders = [folder_of(settings) for settings in runs]
+    folders = [settings.folder for settings in runs]
     twice = next((folder for folder in folders if folders.count(folder) > 1), None)
     if twice:
         raise ConfigError(f"{twice} would be the folder of two runs")
     return runs, flags
-
-
-def folder_of(settings):
-    """The run folder of `settings`."""
-    return Path(settings.out) / settings.name
 
 
 def read_finished(settings):
@@ -159,7 +155,7 @@ def read_finished(settings):
     Raises:
         ConfigError: the run that is there was made with other settings.
     """
-    path = folder_of(settings) / "result.json"
+    path = settings.folder / "result.json"
     if not path.exists():
         return None
     try:
@@ -174,7 +170,7 @@ def read_finished(settings):
     resolved = [key for key in ("device", "precision", "threads") if getattr(settings, key) in ("auto", None)]
     ours = json.loads(json.dumps(asdict(settings) | {"device": settings.device.split(":")[0]}))
     for key, value in ours.items():
-        if key not in (*FREE, *resolved) and theirs.get(key) != value:
+        if key not in (*MAY_CHANGE, *resolved) and theirs.get(key) != value:
             raise ConfigError(f"{path.parent}: was run with {key} {theirs.get(key)}, not {value}")
     return result
 
@@ -203,7 +199,7 @@ def execute(settings, loaded, cwd, threads):
         try:
             # A lost node's run starts again elsewhere, and it may have been lost after the run's last file.
             result = read_finished(settings) or make(settings, loaded)
-            folder = folder_of(settings)
+            folder = settings.folder
             files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         except (ConfigError, DataError, RunError) as e:
             return {"state": "failed", "note": str(e), "node": node}, {}
@@ -285,7 +281,7 @@ def collect(outcome, row, files):
         row.state, row.note = "failed", str(e)
     except ray.exceptions.RayError as e:
         cause = getattr(e, "cause", None) or e
-        row.state, row.note = "failed", f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}"
+        row.state, row.note = "failed", f"{type(cause).__name__}: {one_line(cause)}"
 
 
 def progress_of(folder):
@@ -324,7 +320,7 @@ def sweep(argv):
     import ray
 
     shares = {device: share_out("run", flags.cpus_per_run, flags.gpus_per_run, device) for device in devices}
-    rows = [Row(folder_of(settings)) for settings in runs]
+    rows = [Row(settings.folder) for settings in runs]
     pending = submit(runs, rows, shares)
     terminal = sys.stdout.isatty()
     told = set()

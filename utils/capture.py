@@ -8,14 +8,16 @@ import sys
 
 import torch
 
-MOST = 1024  # rows of a batch; larger ones hide the launches anyway
+from datasets.data import one_line
+
+MAX_BATCH = 1024  # rows; larger ones hide the launches anyway
 WARM_UP = 3  # steps before the recording, in which libraries choose their kernels and take their memory
 CHECKS = 2  # replays that are held against the plain step; only the second has other rows and another rate
 
 
 def can_capture(device, batch):
     """Whether there is anything to gain from a graph of steps of `batch` rows on `device`."""
-    return device.type == "cuda" and batch <= MOST
+    return device.type == "cuda" and batch <= MAX_BATCH
 
 
 @functools.cache
@@ -27,9 +29,6 @@ def side_stream(device):
 @contextlib.contextmanager
 def on_side_stream(device):
     """Run what is inside on the side stream: autograd remembers the one that a parameter was first used on."""
-    if device.type != "cuda":
-        yield
-        return
     stream = side_stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
@@ -118,21 +117,22 @@ def capture_step(step, state, generators, device):
         except RuntimeError as e:  # kept as a text alone: the exception would hold on to the step's memory
             while e.__context__:  # what the end of a recording says is not why it ended
                 e = e.__context__
-            why = " ".join(str(e).split())[:160]
+            why = one_line(e, 160)
         write(expected)
         return why
 
     def call(*batch):
         nonlocal calls, replay
         calls += 1
-        if WARM_UP < calls <= WARM_UP + CHECKS and (why := check(*batch)):
-            _note(why)
-            calls, replay = WARM_UP + CHECKS, None
-        elif calls > WARM_UP + CHECKS and replay:
-            copy(batch)
-            replay()
-        elif calls <= WARM_UP or calls > WARM_UP + CHECKS:
+        checked = WARM_UP + CHECKS
+        if calls <= WARM_UP or calls > checked and replay is None:
             with on_side_stream(device):
                 step(*batch)
+        elif calls > checked:
+            copy(batch)
+            replay()
+        elif why := check(*batch):
+            _note(why)
+            calls, replay = checked, None
 
     return call

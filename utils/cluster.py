@@ -6,6 +6,7 @@ import tempfile
 import warnings
 from pathlib import Path
 
+from datasets.data import one_line
 from utils.config_files import ConfigError, check
 from utils.log import say
 
@@ -42,7 +43,7 @@ def connect(address):
         ray.init(address or "local", runtime_env=code, log_to_driver=False, logging_level=logging.ERROR, **alone)
     except (ConnectionError, ValueError, RuntimeError) as e:
         what = f"--address: no Ray cluster answers at {address}" if address else "Ray does not start on this machine"
-        raise ConfigError(f"{what} ({' '.join(str(e).split())[:120]})") from e
+        raise ConfigError(f"{what} ({one_line(e, 120)})") from e
     except OSError as e:
         if "AF_UNIX" not in str(e):
             raise
@@ -79,9 +80,9 @@ def share_out(what, cpus, gpus, device):
         raise ConfigError(f"--device: Ray chooses the GPU of each {what}; give cuda, not {device}")
     slots = sum(int(min(node.get("CPU", 0) / cpus, node.get("GPU", 0) / gpus if gpus else 1e9)) for node in nodes)
     if slots == 0:
-        most = [max(node.get(resource, 0) for node in nodes) for resource in ("CPU", "GPU")]
+        largest = [max(node.get(resource, 0) for node in nodes) for resource in ("CPU", "GPU")]
         raise ConfigError(f"--cpus_per_{what} {cpus:g}, --gpus_per_{what} {gpus:g}: no node has as much; "
-                          f"the largest have {most[0]:g} and {most[1]:g}")
+                          f"the largest have {largest[0]:g} and {largest[1]:g}")
     return {"num_cpus": cpus, "num_gpus": gpus}, "cpu" if device == "auto" and not gpus else device, slots
 
 

@@ -9,14 +9,18 @@ import reprlib
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from utils.config_files import PRECISIONS, ConfigError, check, one_line, read_dataset, read_hyperparam
+from datasets.data import one_line
+from utils.config_files import PRECISIONS, ConfigError, check, read_dataset, read_hyperparam
 
 PATHS = ("data_config", "hp_config", "data_dir", "out", "extend")  # flags
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides a run. Only the entry files see it whole; functions take what they use, by name."""
+    """Everything that decides a run.
+
+    It goes whole through the entry files and utils/; `train_net`, datasets/ and net/ take plain values, by name.
+    """
 
     # from the dataset file
     dataset: str
@@ -74,6 +78,11 @@ class Settings:
     # from the dataset file, too
     keywords: tuple | None = None  # torchvision: (("name", its class), (a keyword, its value), ...)
     flip: bool | None = None  # whether images may be mirrored; None: as is usual for the dataset
+
+    @property
+    def folder(self):
+        """The run folder."""
+        return Path(self.out) / self.name
 
 
 class Parser(argparse.ArgumentParser):
@@ -209,7 +218,7 @@ def make_settings(method, flags, kind=Settings):
     elif flags.get("val_frac") is not None:
         check("--val_frac", flags["val_frac"], float, above=0, below=1)
     elif hyper["best_epoch"] and "val_frac" not in flags:
-        raise ConfigError(f"{flags['hp_config']}: best_epoch: is of modelzoo.py and multihead.py alone; leave it out")
+        raise ConfigError(f"{flags['hp_config']}: best_epoch: only modelzoo.py and multihead.py have it; leave it out")
     elif hyper["best_epoch"]:
         raise ConfigError(f"{flags['hp_config']}: best_epoch: needs --val_frac, for rows to look at")
     if flags["name"] is None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import yaml
 
+from datasets.data import one_line
 from net.build_net import read_model
 
 
@@ -30,8 +31,8 @@ DATASETS = {
 }
 ALIASES = {"rotmnist": "rotated_mnist", "permnist": "permuted_mnist"}
 # Keys beyond dataset, tasks and names: those that must be there, and those that may.
-DATASET_KEYS = {"npz": ("path",), "image_folder": ("path", "size"), "torchvision": ("name",)}
-OPTIONAL_KEYS = {"npz": ("flip",), "image_folder": ("flip",), "torchvision": ("size", "flip")}
+DATASET_REQUIRED = {"npz": ("path",), "image_folder": ("path", "size"), "torchvision": ("name",)}
+DATASET_OPTIONAL = {"npz": ("flip",), "image_folder": ("flip",), "torchvision": ("size", "flip")}
 SCHEDULES = ("cosine", "constant")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
@@ -43,7 +44,7 @@ RANGES = {
     "dropout": {"kind": float, "low": 0, "below": 1},
 }
 # Keys that may be left out: as `check` takes them, and the default.
-OPTIONAL = {
+HYPER_OPTIONAL = {
     "optimiser": ({"kind": str, "choices": ("sgd", "adamw")}, "sgd"),
     "momentum": ({"kind": float, "low": 0, "below": 1}, 0.9),
     "warmup": ({"kind": float, "low": 0, "below": math.inf}, 0.0),
@@ -76,7 +77,7 @@ class _Loader(yaml.SafeLoader):
                 line = f"key {key!r} is not a word; put it in quotes if it is one"
                 raise yaml.constructor.ConstructorError(None, None, line, node.start_mark)
             if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key} is there twice", node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"key {key} appears twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -125,10 +126,6 @@ def load_yaml(path):
     return value
 
 
-def one_line(text, limit=200):
-    return " ".join(str(text).split())[:limit]
-
-
 def check(where, value, kind, low=-math.inf, high=math.inf, *, above=-math.inf, below=math.inf, choices=None):
     """Return `value` as `kind` (int, float, bool or str) if it is one and lies in low..high, above < value < below.
 
@@ -140,7 +137,7 @@ def check(where, value, kind, low=-math.inf, high=math.inf, *, above=-math.inf, 
             raise ConfigError(f"{where}: {reprlib.repr(value)} is not one of {', '.join(choices)}")
         return value
     if value is None:
-        raise ConfigError(f"{where}: holds nothing")
+        raise ConfigError(f"{where}: has no value")
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text; put it in quotes"}
     fits = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
     if not fits:
@@ -166,6 +163,11 @@ def check_model(where, text):
 
 
 def check_keys(file, found, required, optional=()):
+    """Refuse a mapping of `file` that lacks a required key, or has one that is neither required nor optional.
+
+    Raises:
+        ConfigError: it names the key, and one that is spelt nearly so.
+    """
     known = (*required, *optional)
     for key in found:
         if key not in known:
@@ -190,7 +192,7 @@ def read_dataset(file):
     if "dataset" in found:
         name = check(f"{file}: dataset", found["dataset"], str, choices=(*DATASETS, *ALIASES))
         name = ALIASES.get(name, name)
-    extra, optional = DATASET_KEYS.get(name, ()), ("names", *OPTIONAL_KEYS.get(name, ()))
+    extra, optional = DATASET_REQUIRED.get(name, ()), ("names", *DATASET_OPTIONAL.get(name, ()))
     theirs = found.keys() - {"dataset", "tasks", *extra, *optional} if name == "torchvision" else ()
     check_keys(file, found, ("dataset", "tasks", *extra), (*optional, *theirs))
     tasks, names = found["tasks"], found.get("names")
@@ -210,14 +212,14 @@ def read_dataset(file):
             check(f"{where}: label", label, int, 0, 2**31 if top is None else top - 1)
         repeated = next((label for label in task if task.count(label) > 1), None)
         if repeated is not None:
-            raise ConfigError(f"{where}: label {repeated} is there twice")
+            raise ConfigError(f"{where}: label {repeated} appears twice")
     if names is not None:
         if not isinstance(names, list) or len(names) != len(tasks):
             raise ConfigError(f"{file}: names: must be a list of {len(tasks)} names, one a task")
         names = tuple(check(f"{file}: names: name {i}", n, str) for i, n in enumerate(names))
         repeated = next((n for n in names if names.count(n) > 1), None)
         if repeated is not None:
-            raise ConfigError(f"{file}: names: {reprlib.repr(repeated)} is there twice")
+            raise ConfigError(f"{file}: names: {reprlib.repr(repeated)} appears twice")
         odd = next((name for name in names if not name.isprintable()), None)
         if odd is not None:
             raise ConfigError(f"{file}: names: {reprlib.repr(odd)} cannot be printed on one line")
@@ -285,7 +287,7 @@ def _read_network(file, found):
     if "width" in found:
         width = check(f"{file}: width", found["width"], int, 1, 9999)
         if model != "conv":
-            raise ConfigError(f"{file}: width: is of model conv alone, not of {reprlib.repr(model)}")
+            raise ConfigError(f"{file}: width: only model conv has one, not {reprlib.repr(model)}; leave it out")
         model += f"_{width}" * (width != 80)
     weights = found.get("weights")
     if not isinstance(weights, str) or Path(weights).suffix:  # none, or a file
@@ -305,7 +307,7 @@ def read_hyperparam(file, over=()):
         ConfigError: an unknown or missing key, a value that cannot be right, or keys that contradict each other.
     """
     found = load_yaml(file)
-    check_keys(file, found, ("model", *RANGES), ("epochs", "schedule", "augment", "search", "width", *OPTIONAL))
+    check_keys(file, found, ("model", *RANGES), ("epochs", "schedule", "augment", "search", "width", *HYPER_OPTIONAL))
     read_space(file, found)
     over = {key: value for key, value in dict(over).items() if value is not None}
 
@@ -320,15 +322,16 @@ def read_hyperparam(file, over=()):
         "epochs": epochs,
         "schedule": read("schedule", "cosine", kind=str, choices=SCHEDULES),
         "augment": read("augment", True, kind=bool) and epochs > 1,
-        **{key: read(key, **values) if key in found else default for key, (values, default) in OPTIONAL.items()},
+        **{key: read(key, **values) if key in found else default for key, (values, default) in HYPER_OPTIONAL.items()},
     }
     settings["augment"] = settings["augment"] and not settings["freeze"]  # features are taken once
     for wrong, line in (
-        ("momentum" in found and settings["optimiser"] != "sgd", "momentum: is of optimiser sgd alone"),
+        ("momentum" in found and settings["optimiser"] != "sgd", "momentum: only optimiser sgd has one; leave it out"),
         (settings["warmup"] >= epochs, f"warmup: {settings['warmup']:g} must be below the number of epochs, {epochs}"),
         (settings["lr_min"] > settings["lr"], f"lr_min: {settings['lr_min']:g} must be at most lr, {settings['lr']:g}"),
         (settings["freeze"] and settings["weights"] is None, "freeze: needs weights, which stay as they are"),
-        (settings["lr_min"] and settings["schedule"] == "constant", "lr_min: a constant schedule never comes to it"),
+        (settings["lr_min"] and settings["schedule"] == "constant",
+         "lr_min: schedule constant does not use it; leave it out, or take cosine"),
     ):
         if wrong:
             raise ConfigError(f"{file}: {line}")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from datasets.data import one_line
 from utils.config_files import ConfigError
 
 
@@ -56,7 +57,7 @@ def _try_gpu(device):
                               "older CUDA, or take cpu")
         torch.ones(2, device=device).sum().item()
     except RuntimeError as e:
-        why = "its memory is full" if out_of_memory(e) else " ".join(str(e).split())[:100]
+        why = "its memory is full" if out_of_memory(e) else one_line(e, 100)
         raise ConfigError(f"--device: {device} cannot be used ({why}); see who uses it with nvidia-smi, or take "
                           "another one or cpu") from e
 

@@ -35,10 +35,10 @@ def estimate(settings, device, precision, train, test, plan, copied=0):
         train, test, _ = freeze_backbone(settings, precision, None, train, test)
     batch, epochs = settings.batch, settings.epochs
     sizes = {size for _, rows in plan for size in (min(batch, rows), rows % batch) if size}
-    most = max(n for n, _ in plan)
-    net = build_net(settings.model, train.images.shape[1:], train.classes[:most], settings.dropout,
+    max_tasks = max(n for n, _ in plan)
+    net = build_net(settings.model, train.images.shape[1:], train.classes[:max_tasks], settings.dropout,
                     derive_seed(settings.seed, 0, "init")).to(device)
-    step = {size: time_step(net, settings, precision, train, most, size) for size in sorted(sizes)}
+    step = {size: time_step(net, settings, precision, train, max_tasks, size) for size in sorted(sizes)}
     per_row = time_prediction(net, precision, train)
 
     rows_per_task = (len(train.labels) + len(test.labels)) / len(train.classes)
@@ -54,7 +54,7 @@ def estimate(settings, device, precision, train, test, plan, copied=0):
     steps = epochs * sum(-(-rows // batch) for _, rows in left)
     in_all = clock(sum(seconds[there:])) + " in all" + " that is left" * bool(there)
     logits = sum(n for n, _ in plan) * rows_per_task * statistics.mean(train.classes) * 4
-    nets = count_parameters(settings.model, train.images.shape[1:], train.classes[:most], settings.dropout) * 4
+    nets = count_parameters(settings.model, train.images.shape[1:], train.classes[:max_tasks], settings.dropout) * 4
     files = logits + nets * (len(plan) if settings.save_nets else settings.inherit)
     images = sum(data.images.numel() for data in (train, test))
     timed = f"{1000 * step[max(step)]:.1f} ms per batch of {max(step)}"
@@ -65,11 +65,11 @@ def estimate(settings, device, precision, train, test, plan, copied=0):
     say_folded(end)
 
 
-def time_step(net, settings, precision, train, most, size):
-    """Seconds of a training step on `size` rows of the first `most` tasks: of two, after as many as warm it up."""
+def time_step(net, settings, precision, train, max_tasks, size):
+    """Seconds of a training step on `size` rows of the first `max_tasks` tasks: the mean of two, once warm."""
     device = train.device
-    ends = torch.tensor(train.starts[1 : most + 1], device=device)
-    rows = torch.arange(2 * size, device=device) % train.starts[most]
+    ends = torch.tensor(train.starts[1 : max_tasks + 1], device=device)
+    rows = torch.arange(2 * size, device=device) % train.starts[max_tasks]
     heads = torch.bucketize(rows, ends, right=True)
     generators = {key: make_generator(0, 0, key, device) for key in ("shuffle", "augment", "dropout")}
     set_dropout_generator(net, generators["dropout"])

@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from datasets.data import one_line
 from net import MEAN, STD
 from net.build_net import build_net
 from utils.config_files import ConfigError, load_yaml
-from utils.run_folder import LATER, RunError, load_tensors, load_whole, save_tensors, set_aside
+from utils.run_folder import LATER, RunError, load_or_set_aside, load_tensors, save_tensors, set_aside
 
 COST = ("seconds", "rows_trained", "parameters")  # of a learner; a run's are the sums over its learners
 WARM = -1  # the "round" of the learner that --warm_start trains before the first round
@@ -60,7 +61,7 @@ def make_learner(saved, device="cpu"):
     return Learner(tuple(saved["tasks"]), *logits, *(saved[key] for key in (*COST, "net")))
 
 
-def load_learner(path, train, test, tasks, seen, log):
+def load_learner(path, train, test, tasks, loss_rows, log):
     """Read a learner that an earlier process trained; None where there is none that is whole and of these tasks.
 
     A file that does not fit is set aside, one that cannot be read is a `RunError`.
@@ -69,13 +70,13 @@ def load_learner(path, train, test, tasks, seen, log):
         path: see `learner_path`.
         train, test: `TaskData` of the run.
         tasks: [n] that it must be of.
-        seen: [n] tensors, the rows of `train` of which it must have logits.
+        loss_rows: [n] tensors, the rows of `train` on which it must have logits.
         log: the `RunLog`.
     """
-    saved = load_whole(path, "cpu", log)
+    saved = load_or_set_aside(path, "cpu", log)
     if saved is None:
         return None
-    shapes = {"train_logits": [(len(rows), train.classes[t]) for t, rows in zip(tasks, seen, strict=True)],
+    shapes = {"train_logits": [(len(rows), train.classes[t]) for t, rows in zip(tasks, loss_rows, strict=True)],
               "test_logits": [(len(test.rows(t)), test.classes[t]) for t in tasks]}
     try:
         learner = make_learner(saved, train.device)
@@ -99,7 +100,7 @@ def load_checkpoint(path, tasks, epochs, log):
         epochs: that it trains for.
         log: the `RunLog`.
     """
-    saved = load_whole(path, "cpu", log) if path else None
+    saved = load_or_set_aside(path, "cpu", log) if path else None
     if saved is None:
         return 0, 0.0, None
     kinds = {"tasks": list, "epoch": int, "seconds": float, "snapshot": dict}
@@ -212,5 +213,5 @@ def load_run(folder, device):
     except torch.OutOfMemoryError:
         raise
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as e:
-        raise ConfigError(f"{path}: damaged or foreign ({' '.join(str(e).split())[:80]})") from e
+        raise ConfigError(f"{path}: damaged or foreign ({one_line(e, 80)})") from e
     return settings, labels, learners, nets

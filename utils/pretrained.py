@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from datasets.build_dataset import inside
+from datasets.data import one_line
 from net.build_net import build_net, weights_of
 from utils.config_files import ConfigError
 from utils.learner import describe_net
@@ -49,7 +50,7 @@ def _download(url, path):
         torch.hub.load_state_dict_from_url(url, str(path.parent), map_location="cpu", progress=False, check_hash=True,
                                            weights_only=True)
     except Exception as e:  # whatever a network can do wrong
-        raise ConfigError(f"{path}: is not there, and {url} cannot be downloaded ({' '.join(str(e).split())[:80]}); "
+        raise ConfigError(f"{path}: is not there, and {url} cannot be downloaded ({one_line(e, 80)}); "
                           "fetch it elsewhere and put it there") from e
 
 

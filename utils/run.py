@@ -2,26 +2,25 @@
 import contextlib
 import json
 import re
-from dataclasses import asdict
-from pathlib import Path
 
 import torch
 
 from datasets.build_dataset import build_dataset, build_val, hold_out
-from datasets.data import checksum, find_rows, hash_rows, replay_repeats
+from datasets.data import checksum, replay_repeats
 from net.build_net import build_net
 from utils import metrics
 from utils.config_files import ConfigError, load_yaml
 from utils.device import choose_device, choose_precision, default_threads, describe_hardware, free_gpu_memory
-from utils.learner import learner_path, load_run
+from utils.extend import copy_learners, hash_tasks
+from utils.learner import learner_path
 from utils.log import RunLog, print_result, say_folded, task_names
 from utils.pretrained import load_weights
 from utils.run_folder import (
-    FREE,
     check_folder,
     load_tensors,
     naming_memory,
     open_folder,
+    record,
     save_tensors,
     versions,
     write_file,
@@ -88,19 +87,13 @@ def recorded_threads(settings):
     Raises:
         ConfigError: a damaged config.yaml.
     """
-    file = Path(settings.out) / settings.name / "config.yaml"
+    file = settings.folder / "config.yaml"
     if not settings.resume or not file.is_file():
         return None
     about = load_yaml(file)
     threads = about["settings"].get("threads") if isinstance(about.get("settings"), dict) else None
     older = re.search(r"(\d+) threads", str(about.get("hardware")))  # where runs said it at first
     return threads if isinstance(threads, int) and threads > 0 else int(older[1]) if older else None
-
-
-def record(settings, device, precision):
-    """The settings as JSON and YAML know them, with the device, precision and threads that stand for the defaults."""
-    chosen = {"device": device.type, "precision": precision, "threads": torch.get_num_threads()}
-    return json.loads(json.dumps(asdict(settings) | chosen))
 
 
 def as_lists(tasks):
@@ -140,7 +133,7 @@ def find_run(settings, device, precision, train, test):
     Raises:
         ConfigError, RunError: see `check_folder`.
     """
-    folder = Path(settings.out) / settings.name
+    folder = settings.folder
     about = record(settings, device, precision) | {"data": checksum(train, test)}
     check_folder(folder, about, settings.resume)
     return folder, about, sum(learner_path(folder, k).exists() for k in range(settings.num_rounds))
@@ -152,9 +145,9 @@ def describe(settings, device, precision, train, plan):
                         + ", each learner from the one before" * (settings.inherit and not settings.freeze)
                         + ", weighed by round" * settings.weigh_by_round,
             "multihead": "Multi-Head, joint training on all tasks"}.get(settings.method, settings.method)
-    most, epochs = max(n for n, _ in plan), settings.epochs
-    parameters = count_parameters(settings.model, train.images.shape[1:], train.classes[:most], settings.dropout)
-    tasks = count(most, "task")
+    max_tasks, epochs = max(n for n, _ in plan), settings.epochs
+    parameters = count_parameters(settings.model, train.images.shape[1:], train.classes[:max_tasks], settings.dropout)
+    tasks = count(max_tasks, "task")
     rounds = f"{settings.num_rounds} rounds, {tasks} per learner at most" if len(plan) > 1 else "1 learner"
     net = f"{settings.model} with {parameters:,} parameters per learner"
     if settings.weights:
@@ -166,7 +159,7 @@ def describe(settings, device, precision, train, plan):
     return [
         f"{kind}: {count(num_tasks, 'task')}, {rounds}, {sum(rows for _, rows in plan) * epochs:,} rows to "
         f"train on ({count(epochs, 'epoch')}), {net}",
-        f"{device}, {precision}, {count(threads, 'thread')}; run folder {Path(settings.out) / settings.name}",
+        f"{device}, {precision}, {count(threads, 'thread')}; run folder {settings.folder}",
     ]
 
 
@@ -211,113 +204,6 @@ def open_run(settings, device, precision, train, test, plan):
             yield folder, log
 
 
-def hash_tasks(settings, train, test):
-    """What rows.pt holds: of each task the hashes of its test rows and of the training rows that make its loss.
-
-    Those are all of its training rows, or, where it has gained some since the run that this one extends, the old ones;
-    all stand under "all".
-    """
-    tasks = range(len(settings.tasks))
-    mine = {key: [hash_rows(data, t) for t in tasks] for key, data in (("train", train), ("test", test))}
-    mine["all"] = list(mine["train"])
-    if settings.extend:
-        theirs = load_rows(settings.extend)
-        mine["train"][: len(theirs["train"])] = theirs["train"]
-    return mine
-
-
-def load_rows(folder):
-    """What `hash_tasks` gave for a run; of runs that did not record it no task."""
-    try:
-        return load_tensors(Path(folder) / "rows.pt", "cpu")
-    except FileNotFoundError:
-        return {"train": [], "test": []}
-    except ValueError as e:
-        raise ConfigError(f"{Path(folder) / 'rows.pt'}: damaged; remove it, and the run's own command with --resume "
-                          "(and --extend where it began with that) writes it again") from e
-
-
-def find_looked_at(folder, train, num_tasks):
-    """Of each of the first tasks the rows that the zoo's loss is taken over: those of rows.pt, in their order.
-
-    They are all rows but where the task has gained some, of which the old learners never gave their word.
-    """
-    hashes = load_rows(folder)["train"]
-    return [find_rows(train, t, hashes[t]) if t < len(hashes) and len(hashes[t]) < len(train.rows(t)) else train.rows(t)
-            for t in range(num_tasks)]
-
-
-def check_extension(settings, device, precision, train, test):
-    """Whether the learners of the run folder `settings.extend` are those that this run would begin with.
-
-    A task may have gained training rows: those that it had must still be there, and the test rows be the same.
-
-    Args:
-        settings: this run's.
-        device, precision, train, test: see `prepare`.
-
-    Returns:
-        A tuple of tasks for each of its learners; none where nothing is extended.
-
-    Raises:
-        ConfigError: they are not: other settings, other data, tasks that do not come first here; or a damaged file.
-    """
-    if settings.extend is None:
-        return []
-    folder, mine = Path(settings.extend), record(settings, device, precision)
-    theirs, _, learners, nets = load_run(folder, "cpu")
-    if settings.inherit and nets[-1] is None:
-        raise ConfigError(f"--inherit: {folder} kept no network to inherit from; run that again with --inherit, or "
-                          "extend it without")
-    n = len(theirs["tasks"])
-    # Precision, device and threads may change on the way.
-    apart = (*FREE, "num_rounds", "device", "precision", "threads", "data", "names", "save_nets")
-    now = mine | {"tasks": mine["tasks"][:n], "tasks_per_round": min(mine["tasks_per_round"], n)}
-    for key in now:
-        if key not in apart and now[key] != theirs.get(key):
-            what = f"the first {n} tasks are" if key == "tasks" else f"{key} is {now[key]!r:.40},"
-            was = "other tasks" if key == "tasks" else f"{key} {theirs.get(key)!r:.40}"
-            raise ConfigError(f"--extend: {what} not as in {folder}, which was run with {was}")
-    if settings.save_nets and None in nets:
-        raise ConfigError(f"--save_nets: {folder} did not keep every network, so this run cannot either")
-    if checksum(train.first(n), test.first(n)) != theirs.get("data"):
-        _check_gained(settings, folder, train, test, n)
-    if len(learners) > settings.num_rounds:
-        raise ConfigError(f"--extend: {folder} holds {len(learners)} learners; --num_rounds must be at least that")
-    return [learner.tasks for learner in learners]
-
-
-def _check_gained(settings, folder, train, test, n):
-    """Refuse data of the first `n` tasks that are not those of the run in `folder` and more training rows.
-
-    Raises:
-        ConfigError: they are not, the run did not record its rows, or only a share of past rows is kept.
-    """
-    what = f"--extend: the data of the first {n} tasks are not those that {folder} was run on"
-    hashes = load_rows(folder)
-    rows = hashes.get("all", hashes["train"])  # which runs did not tell apart at first
-    if not rows:
-        raise ConfigError(f"{what} (it did not record its rows one by one, so that more of them cannot be told)")
-    for t in range(n):
-        if not hash_rows(test, t).equal(hashes["test"][t]):
-            raise ConfigError(f"{what}: the test rows of task {t} (counted from 0) have changed")
-        if find_rows(train, t, rows[t]) is None:
-            why = "; with --samples others are chosen of more" * (settings.samples is not None)
-            raise ConfigError(f"{what}: training rows of task {t} (counted from 0) are gone{why}")
-    if settings.replay_frac < 1:
-        raise ConfigError(f"{what}: with --replay_frac below 1 the rows that are kept of a past task stay as they are")
-
-
-def copy_learners(source, folder):
-    """Copy the learners of the run folder `source` that `folder` does not have yet; return how many `source` has."""
-    copied = 0
-    while (path := learner_path(Path(source), copied)).exists():
-        if not learner_path(folder, copied).exists():
-            write_file(learner_path(folder, copied), path.read_bytes())
-        copied += 1
-    return copied
-
-
 def finish(settings, device, precision, train, matrix, rounds, cost):
     """Write result.json, the last file, print and return it; docs/run_folder.md defines its keys.
 
@@ -344,7 +230,6 @@ def finish(settings, device, precision, train, matrix, rounds, cost):
         "versions": versions(),
         **cost,
     }
-    folder = Path(settings.out) / settings.name
-    write_file(folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())
-    print_result(result, task_names(settings.tasks, settings.names, train.class_names), folder)
+    write_file(settings.folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())
+    print_result(result, task_names(settings.tasks, settings.names, train.class_names), settings.folder)
     return result

@@ -3,6 +3,7 @@ import contextlib
 import errno
 import hashlib
 import io
+import json
 import os
 import platform
 import re
@@ -10,22 +11,23 @@ import reprlib
 import subprocess
 import sys
 import warnings
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
 
-from utils.config_files import OPTIONAL, ConfigError, dump_yaml, load_yaml
+from utils.config_files import HYPER_OPTIONAL, ConfigError, dump_yaml, load_yaml
 from utils.device import out_of_memory
 
 # Settings that may change when a run is resumed: those that decide nothing, and files, which count by what they say.
-FREE = ("resume", "dry_run", "out", "name", "data_dir", "tensorboard", "extend", "data_config",
+MAY_CHANGE = ("resume", "dry_run", "out", "name", "data_dir", "tensorboard", "extend", "data_config",
         "hp_config", "capture")
 # Settings that older runs did not record, and what they were.
 LATER = {"task_order": 0, "inherit": False, "weigh_by_round": False,
          **dict.fromkeys(("val_frac", "keywords", "flip")),
-         **{key: default for key, (_, default) in OPTIONAL.items()}}
+         **{key: default for key, (_, default) in HYPER_OPTIONAL.items()}}
 # What a file system says of a call that it does not have: those of clusters, of other systems and in memory lack some.
 LACKING = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 SEAL = b"sha256:"  # a tensor file ends in this and the checksum of all before it
@@ -59,7 +61,7 @@ def write_file(path, data):
     part = real.with_name(f".{real.name}.part")
     try:
         if path.exists() and not path.is_file():
-            raise OSError(errno.EINVAL, "it is there and no file")
+            raise OSError(errno.EINVAL, "it exists and is no file")
         with open(part, "wb") as file:
             file.write(data)
             file.flush()
@@ -125,7 +127,7 @@ def load_tensors(path, device):
         raise ValueError("not a learner's file") from e
 
 
-def load_whole(path, device, log):
+def load_or_set_aside(path, device, log):
     """What `save_tensors` wrote to `path`; None where there is none or, reported and set aside, a damaged one.
 
     Raises:
@@ -165,8 +167,8 @@ def check_folder(folder, settings, resume, inside="learners"):
     config, made_here = folder / "config.yaml", {"lock", inside, ".config.yaml.part"}
     try:
         if os.path.lexists(folder) and not (resume and folder.is_dir()):
-            way = "it is not a run folder; take" if resume else "--resume goes on with it, or take"
-            raise ConfigError(f"{folder} is there already: {way} another --name or --out")
+            way = "it is not a run folder; take" if resume else "--resume goes on with it; or take"
+            raise ConfigError(f"{folder} already exists: {way} another --name or --out")
         if config.exists():
             _compare_settings(folder, settings, load_yaml(config).get("settings"))
         elif folder.exists() and not {p.name for p in folder.iterdir()} <= made_here:
@@ -204,7 +206,7 @@ def open_folder(folder, settings, resume, origin, inside="learners"):
         with passing_over("locks", "start no other run in this folder meanwhile"), warned:
             lock.acquire()
     except FileExistsError as e:
-        raise ConfigError(f"{e.filename}: is there and no folder; take another --out") from e
+        raise ConfigError(f"{e.filename}: exists and is no folder; take another --out") from e
     except Timeout as e:
         raise ConfigError(f"{folder}: another process is writing it; wait for it or take another --name") from e
     except OSError as e:
@@ -224,9 +226,15 @@ def _compare_settings(folder, mine, theirs):
     older = {"threads"} - theirs.keys()  # which runs did not record at first
     theirs = LATER | theirs
     for key in (*mine, *theirs):
-        if key not in (*FREE, *older) and mine.get(key, 0) != theirs.get(key):
+        if key not in (*MAY_CHANGE, *older) and mine.get(key, 0) != theirs.get(key):
             was, now = (reprlib.repr(values.get(key)) for values in (theirs, mine))
             raise ConfigError(f"--resume: {folder} was run with {key} {was}, not {now}; take another --name")
+
+
+def record(settings, device, precision):
+    """The settings as JSON and YAML know them, with the device, precision and threads that stand for the defaults."""
+    chosen = {"device": device.type, "precision": precision, "threads": torch.get_num_threads()}
+    return json.loads(json.dumps(asdict(settings) | chosen))
 
 
 def versions():

@@ -106,15 +106,15 @@ def renew_batch_norm(net, batches, precision):
         norm.momentum = before
 
 
-def learning_rate(schedule, lr, step, steps, warmup=0, lr_min=0.0):
+def learning_rate(schedule, lr, step, steps, warmup_steps=0, lr_min=0.0):
     """The rate of step 0 .. steps - 1.
 
-    It rises linearly to `lr` in the first `warmup` steps, and then stays (constant), or is annealed by a cosine that
+    It rises linearly to `lr` in the first `warmup_steps`, and then stays (constant), or is annealed by a cosine that
     would be at `lr_min` after the last step.
     """
-    if step < warmup:
-        return lr * (step + 1) / warmup
-    done = (step - warmup) / (steps - warmup)
+    if step < warmup_steps:
+        return lr * (step + 1) / warmup_steps
+    done = (step - warmup_steps) / (steps - warmup_steps)
     return lr if schedule == "constant" else lr_min + (lr - lr_min) * 0.5 * (1 + math.cos(math.pi * done))
 
 
@@ -228,7 +228,8 @@ def train_net(net, images, rows, heads, labels, *, epochs, batch, lr, l2_reg, sc
         precision: fp32, bf16 or fp16, of the backbone alone.
         generators: "shuffle", "augment" and "dropout" (the last is drawn from inside the net), on the device of `rows`.
         optimiser, momentum: as for `Optimiser`.
-        warmup, lr_min: as for `learning_rate`; warmup in epochs, of which a part may be.
+        warmup: epochs (whole or not) in which the rate rises from 0 to lr.
+        lr_min: as for `learning_rate`.
         clip_norm: gradients of a greater norm, all together, are scaled down to it (None: not).
         label_smoothing: as for `row_losses`.
         weights: [n] float32, by which the rows' losses are multiplied (None: all 1).
@@ -251,17 +252,17 @@ def train_net(net, images, rows, heads, labels, *, epochs, batch, lr, l2_reg, sc
     keep_freed_memory()
     net.to(memory_format=torch.channels_last)
     rate = torch.zeros((), device=device)
-    update = Optimiser(net.parameters(), optimiser, rate, l2_reg, momentum)
+    opt = Optimiser(net.parameters(), optimiser, rate, l2_reg, momentum)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     steps = epochs * math.ceil(len(rows) / batch)
-    rising = round(warmup * steps / epochs)
+    warmup_steps = round(warmup * steps / epochs)
     first, best = 0, None
     if start is not None:
         try:
             first, best = start["epoch"], start["best"]
             for key, part in (("net", net), ("scaler", scaler)):
                 part.load_state_dict(start[key])
-            for x, saved in zip(update.state, start["optimiser"], strict=True):
+            for x, saved in zip(opt.state, start["optimiser"], strict=True):
                 x.copy_(saved)
             for key, generator in generators.items():
                 generator.set_state(start["generators"][key])
@@ -292,9 +293,9 @@ def train_net(net, images, rows, heads, labels, *, epochs, batch, lr, l2_reg, sc
             loss = F.cross_entropy(logits, label)
         scaler.scale(loss).backward()
         if clip_norm is not None:
-            scaler.unscale_(update)
-            nn.utils.clip_grad_norm_(update.params, clip_norm)
-        scaler.step(update)
+            scaler.unscale_(opt)
+            nn.utils.clip_grad_norm_(opt.params, clip_norm)
+        scaler.step(opt)
         scaler.update()
         loss_sum.add_(loss.detach().double() * len(i))
         correct.add_((logits.detach().argmax(1) == label).sum())
@@ -302,7 +303,7 @@ def train_net(net, images, rows, heads, labels, *, epochs, batch, lr, l2_reg, sc
     def changed():
         """The tensors that a step changes."""
         scale = [scaler._scale, scaler._growth_tracker] if scaler.is_enabled() else []
-        return [*net.state_dict().values(), *update.state, loss_sum, correct, *scale]
+        return [*net.state_dict().values(), *opt.state, loss_sum, correct, *scale]
 
     take_full_step = take_step
     if capture == "auto" and can_capture(device, batch):
@@ -313,7 +314,7 @@ def train_net(net, images, rows, heads, labels, *, epochs, batch, lr, l2_reg, sc
         correct.zero_()
         net.train()  # between epochs the caller may have had it predict
         for drawn in draw_batches(lambda parts: watch(parts, loss_sum) if watch else parts):
-            rate.fill_(now := learning_rate(schedule, lr, step, steps, rising, lr_min))
+            rate.fill_(now := learning_rate(schedule, lr, step, steps, warmup_steps, lr_min))
             (take_full_step if len(drawn[0]) == batch else take_step)(*drawn)
             step += 1
         means = {"train_loss": loss_sum.item() / len(rows), "train_accuracy": correct.item() / len(rows)}
@@ -327,7 +328,7 @@ def train_net(net, images, rows, heads, labels, *, epochs, batch, lr, l2_reg, sc
             net.load_state_dict(best["net"])
 
         def snapshot(done=epoch + 1, best=best):
-            parts = {"net": net.state_dict(), "optimiser": update.state, "scaler": scaler.state_dict()}
+            parts = {"net": net.state_dict(), "optimiser": opt.state, "scaler": scaler.state_dict()}
             states = {key: generator.get_state() for key, generator in generators.items()}
             return {"epoch": done, "generators": states, "best": best, **parts}
 
@@ -335,17 +336,26 @@ def train_net(net, images, rows, heads, labels, *, epochs, batch, lr, l2_reg, sc
 
 
 @torch.no_grad()
-def predict_logits(net, images, rows, head, num_classes, precision, most=1000):
-    """Logits [n, C_t] in float32 of `rows` ([n] int64) of `images` through one head, without augmentation.
+def predict_logits(net, images, rows, head, num_classes, precision, max_batch=1000):
+    """Logits of some rows through one head, without augmentation.
 
-    The net is on the device of `rows`; the images may be on the host.
-    `most` rows at once: with twice the batch size of training it takes less memory than training, which keeps more of a
-    row than prediction does. Where memory runs out all the same, half as many are tried.
+    Args:
+        net: `MultiHead`, on the device of `rows`; left in evaluation mode.
+        images: [N, C, H, W] uint8, there or on the host.
+        rows: [n] int64, of `images`.
+        head: its index.
+        num_classes: C_t, of that head.
+        precision: fp32, bf16 or fp16, of the backbone.
+        max_batch: rows at once at most. Twice the batch size of training takes less memory than training, which keeps
+            more of a row than prediction does; where memory runs out all the same, half as many are tried.
+
+    Returns:
+        [n, C_t] float32.
     """
     net.eval()
     # A GPU wants many rows, but fewer of larger images; on a CPU more fall out of the caches and take twice as long.
     batch = max(1, min(1000, 1000 * 32 * 32 // images.shape[2:].numel())) if rows.is_cuda else 128
-    batch = max(1, min(batch, most, len(rows)))
+    batch = max(1, min(batch, max_batch, len(rows)))
     while True:
         parts = rows.to(images.device).split(batch)
         try:
