@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Accuracy against compute, parameters and rows stored: results/figures/compute.png, which the README shows.
 #
-#     results/compute.sh    # four days on one core of an AMD EPYC; EPOCHS="1 5" SHORT="2": one
+#     results/compute.sh    # four days on one core of an AMD EPYC; EPOCHS="1 5" SHORT="2": one; EPOCHS= SHORT=10: an hour or two
 #
 # From the environment also SHORT, the lengths of the methods that are cheap (2 10 40 80; those of EPOCHS as well), WIDE,
 # those of the wider network, ISOLATED, the seeds of Isolated and of Multi-Head (0 1 2 3; every four of them make an
@@ -10,7 +10,7 @@
 #
 #     python tools/plot.py compute results/compute.csv --file results/figures/compute.png
 . "$(dirname "$0")/common.sh"
-all=(${EPOCHS:-1 5 20}) short=(${SHORT-2 10 40 80})
+all=(${EPOCHS-1 5 20}) short=(${SHORT-2 10 40 80})
 wide=(${WIDE-${all[@]}}) isolated=(${ISOLATED:-0 1 2 3})
 mkdir -p "$OUT"
 # As many parameters as the whole zoo of 20 learners, 2.5 M.

@@ -45,7 +45,7 @@ def test_neither_data_nor_network_is_one_line(workspace):
 
 
 def test_output_that_nobody_reads_does_not_end_the_run(workspace):
-    """Found by review: `| head -1` killed the training without a word."""
+    """Once: `| head -1` killed the training without a word."""
     command = [sys.executable, "modelzoo.py", *flags(workspace, "--continual", "--name", "a")]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
@@ -55,7 +55,7 @@ def test_output_that_nobody_reads_does_not_end_the_run(workspace):
 
 
 def test_closed_output_does_not_end_the_run(workspace):
-    """Found by review: a traceback, and a run folder that was in the way of the next try."""
+    """Once: a traceback, and a run folder that was in the way of the next try."""
     script = shlex.join([sys.executable, "modelzoo.py", *flags(workspace, "--continual", "--name", "a")])
     done = subprocess.run(["sh", "-c", f"{script} >&-"], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "") and (workspace / "runs/a/result.json").exists()

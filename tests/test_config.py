@@ -227,7 +227,7 @@ def test_numbers_in_yaml_as_people_write_them(tmp_path):
     (tmp_path / "a.yaml").write_text("a: 1e-5\nb: 1E3\nc: -2.5e+2\nd: .5\ne: 12\nf: 1e5x\ng: 0\nh: 0.010\ni: 3.\n")
     expected = {"a": 1e-5, "b": 1000.0, "c": -250.0, "d": 0.5, "e": 12, "f": "1e5x", "g": 0, "h": 0.01, "i": 3.0}
     assert load_yaml(tmp_path / "a.yaml") == expected
-    # YAML 1.1 would take these for 8, 90, 15 and 1000: found by review.
+    # YAML 1.1 would take these for 8, 90, 15 and 1000.
     (tmp_path / "a.yaml").write_text("a: 010\nb: 1:30\nc: 0xf\nd: 1_000\n")
     assert load_yaml(tmp_path / "a.yaml") == {"a": "010", "b": "1:30", "c": "0xf", "d": "1_000"}
 

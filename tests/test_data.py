@@ -48,7 +48,7 @@ def test_samples_are_per_class_fixed_by_the_seed_and_shared_by_tasks():
     assert make[0].images.equal(make[1].images) and not make[0].images.equal(make[2].images)
     assert make[0].images[5:10].equal(make[0].images[10:15])  # label 1 in both tasks
     assert len(make_tasks(numbered(labels), labels, [(0, 1)], False, 99, None, generator()).labels) == 40
-    # Which rows a label brings does not depend on the other labels: found by review, with --num_tasks.
+    # Which rows a label brings does not depend on the other labels, nor on --num_tasks.
     alone = make_tasks(numbered(labels), labels, [(1, 2)], False, 5, None, generator())
     assert alone.images.equal(make[0].images[10:])
 
@@ -320,7 +320,7 @@ def test_image_folder_refuses(folder):
 
 
 def test_odd_class_names_stay_on_one_line(folder, capsys):
-    """Found by fuzzing: a class name with a line end broke the one line."""
+    """Once: a class name with a line end broke the one line."""
     data = {"dataset": "image_folder", "path": "pets", "size": 24, "tasks": [[0, "a\n\x1b[2J"]]}
     write_yaml(folder / "data.yaml", data)
     write_yaml(folder / "hp.yaml", CONV)
@@ -332,7 +332,7 @@ def test_odd_class_names_stay_on_one_line(folder, capsys):
 
 
 def test_images_of_more_than_16_bits_are_refused(folder):
-    """Found by review: all became white. 16 bits are read: tests/test_images.py."""
+    """Once: all became white. 16 bits are read: tests/test_images.py."""
     Image.fromarray(np.full((9, 9), 1000, np.int32)).save(folder / "pets/train/ant/9.tif")
     with pytest.raises(DataError, match="9.tif: not a readable image .its pixels are of mode I;"):
         build_dataset("image_folder", [(0, 1)], folder, generator(), path="pets", size=24)

@@ -31,7 +31,7 @@ def test_ensemble_by_hand(tmp_path):
     assert run.seed == (0, 1)
     assert run.cost == {"networks": 2, "seconds": 4.0, "rows_trained": 600, "parameters": 80, "stored_rows": None}
     assert make_ensemble(make_pair(tmp_path / "joint", method="multihead")).kind == "ensemble of 2 Multi-Head"
-    # Found by a newcomer: one that inherits and one that does not were two of the paper's Isolated.
+    # Once: one that inherits and one that does not were two of the paper's Isolated.
     inherits = make_run(tmp_path / "inherits", [[0.75]], tasks_per_round=1, inherit=True)
     make_predictions(inherits, [A], LABELS)
     assert make_ensemble([inherits, tmp_path / "b"]).kind == "ensemble of 2 runs"

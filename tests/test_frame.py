@@ -50,7 +50,7 @@ def test_forward_transfer_is_of_the_same_seed_and_settings(tmp_path):
 
 
 def test_forward_transfer_is_of_the_same_tasks_in_the_same_order(tmp_path):
-    """Found by Isolated of a file that lists the tasks the other way round: its numbers were taken place by place."""
+    """With Isolated of a file that lists the tasks the other way round: once its numbers were taken place by place."""
     tasks = [[0, 1], [2, 3]]
     zoo = make_run(tmp_path / "zoo", [[0.5, 0.5], [0.5, 0.8]], tasks=tasks)
     other = make_run(tmp_path / "other", [[0.1, 0.1], [0.7, 0.2]], tasks=tasks[::-1], tasks_per_round=1)

@@ -66,7 +66,7 @@ def test_resumed_and_extended_once_more_it_ends_in_the_same_bits(grown):
 
 
 def test_rows_that_only_a_run_in_between_has_seen_must_be_there(grown, capsys):
-    """Found by a run that extends one which had gained rows: those that this one had trained on were not asked for."""
+    """Once, in a run that extends one which had gained rows, those that this one had trained on were not asked for."""
     start(grown, "new", "--continual", "--extend", str(grown / "runs/old"))
     np.savez(grown / "data/toy.npz", **make_arrays())  # without the 6 rows
     words = flags(grown, "--continual", "--name", "further", "--extend", str(grown / "runs/new"))

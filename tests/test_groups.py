@@ -42,7 +42,7 @@ def test_kinds_are_named(tmp_path):
 
 
 def test_labels_say_no_more_than_tells_a_kind_apart(tmp_path):
-    """Found by review: what differed between any two groups stood in the labels of all."""
+    """Once: what differed between any two groups stood in the labels of all."""
     same = {"samples": None, "schedule": "cosine"}
     folders = [make_run(tmp_path / "a", [[0.6, 0.6]] * 2, **same),
                make_run(tmp_path / "b", [[0.6, 0.6]] * 2, **same | {"samples": 20}),
@@ -57,7 +57,7 @@ def test_labels_say_no_more_than_tells_a_kind_apart(tmp_path):
 
 
 def test_groups_that_no_setting_tells_apart_have_labels_and_numbers_of_their_own(tmp_path):
-    """Found by review: the third group was (2) as well, and its numbers stood in the second's row too."""
+    """Once: the third group was (2) as well, and its numbers stood in the second's row too."""
     folders = [make_run(tmp_path / name, [[x, x]] * 2, dataset="npz", path=f"{name}.npz")
                for name, x in (("a", 0.1), ("b", 0.5), ("c", 0.9))]
     groups, _ = read_groups(folders)
@@ -67,7 +67,7 @@ def test_groups_that_no_setting_tells_apart_have_labels_and_numbers_of_their_own
 
 
 def test_runs_of_one_seed_on_different_data_are_told(tmp_path):
-    """Found by review: with the files under the same path changed between them, nothing was said."""
+    """Once: with the files under the same path changed between them, nothing was said."""
     def make(name, data, seed, **config):
         about = {"settings": {"data": data}}
         return make_run(tmp_path / name, [[0.5, 0.5]] * 2, seed, about=about, **config)
@@ -101,7 +101,7 @@ TWO, TEN = {"tasks_per_round": 2}, {"tasks_per_round": 10}
 
 
 def test_ensembles_of_other_members_are_other_ensembles(ensemble):
-    """Found by review: the second was left out, because its seeds and the settings that its members share agree."""
+    """Once: the second was left out, because its seeds and the settings that its members share agree."""
     groups, notes = group_runs([ensemble((0, TWO), (1, TEN)), ensemble((0, {"tasks_per_round": 3}), (1, TEN))])
     assert [(group.label, len(group.runs)) for group in groups] == [
         ("ensemble of 2 Model Zoo", 1), ("ensemble of 2 Model Zoo (2)", 1)]
@@ -122,7 +122,7 @@ def test_members_stand_in_the_order_of_their_seeds(ensemble):
 
 
 def test_only_ensembles_with_a_member_in_common_share_runs(ensemble):
-    """Found by review: two members of one seed, but of different settings, were called shared."""
+    """Once: two members of one seed, but of different settings, were called shared."""
     assert group_runs([ensemble((0, TWO), (0, TEN))])[1] == []
     assert group_runs([ensemble((0, TWO), (1, TEN)), ensemble((1, TWO), (0, TEN))])[1] == []
     assert group_runs([ensemble((0, TWO), (1, TEN)), ensemble((0, TWO), (1, TWO))])[1] == []
@@ -139,7 +139,7 @@ def test_ensemble_of_runs_on_different_rows_is_told(ensemble):
 
 
 def test_ensemble_of_runs_on_other_task_files_is_not_told_of_other_rows(ensemble):
-    """Found by review: the checksum is of all tasks of the file, learned or not."""
+    """Once: the checksum is of all tasks of the file, learned or not."""
     longer = [[0, 1], [2, 3]]
     assert group_runs([ensemble((0, {"data": "a"}), (1, {"data": "b", "tasks": longer}))])[1] == []
 
@@ -151,7 +151,7 @@ def test_ensemble_of_runs_on_other_task_files_is_not_told_of_other_rows(ensemble
     ({}, {}, None),  # nobody knows
 ])
 def test_rows_stored_by_an_ensemble(ensemble, first, second, stored):
-    """Found by review: it was the count of one member, whatever the others kept."""
+    """Once: it was the count of one member, whatever the others kept."""
     run = ensemble((0, {**first, "stored_rows": 40}), (1, {**second, "stored_rows": 40}))
     assert run.cost["stored_rows"] == stored
 

@@ -202,7 +202,7 @@ def test_files_that_are_no_images_are_passed_over_and_counted(folder, capsys):
 
 @pytest.mark.parametrize("link, to, named", [("all", ".", "left"), ("all", "..", "left"), ("more", "sub", "sub|more")])
 def test_a_folder_that_a_link_leads_to_again_is_refused(folder, link, to, named):
-    """Found by review: its images counted up to 41 times, and with two such links the walk had no end."""
+    """Once: its images counted up to 41 times, and with two such links the walk had no end."""
     left = folder / "data/train/left"
     (left / "sub").mkdir()
     (left / "0.png").rename(left / "sub/0.png")
@@ -222,7 +222,7 @@ def test_a_folder_that_is_a_link_serves_several_classes(folder):
 
 
 def test_a_folder_that_cannot_be_read_is_named(folder, monkeypatch):
-    """Found by review: it was left out without a word."""
+    """Once: it was left out without a word."""
     (folder / "data/train/left/more").mkdir()
     scan = os.scandir
 
@@ -237,7 +237,7 @@ def test_a_folder_that_cannot_be_read_is_named(folder, monkeypatch):
 
 
 def test_a_pipe_among_the_images_is_not_waited_for(folder, capsys):
-    """Found by review: the run waited for ever for somebody to write into it."""
+    """Once: the run waited for ever for somebody to write into it."""
     os.mkfifo(folder / "data/train/left/pipe")
     train, _ = build(folder, [("left", "right")])
     assert len(train.labels) == 24 and "1 files that are no images were passed over" in capsys.readouterr().err

@@ -264,7 +264,7 @@ def test_report_tells_the_groups_apart_and_reads_runs_that_did_not_record_it(tmp
     found = {group.label: [run.seed for run in group.runs] for group in groups}
     assert found == {"Model Zoo": [0, 1, 2], "Model Zoo, inherit": [0, 1], "Isolated": [0], "Isolated, inherit": [0]}
     assert json.loads((new / "result.json").read_text())["config"]["inherit"] is False and alone
-    # Found by a newcomer: alone in a report, or averaged with a fresh one, it went by the name of the paper's method.
+    # Once: alone in a report, or averaged with a fresh one, it went by the name of the paper's method.
     (label,) = (group.label for group in read_groups([tmp_path / "inherit0"])[0])
     assert label == "Model Zoo, inherit"
     (label,) = (group.label for group in read_groups(make_seeds(tmp_path, "both", [0.9], inherit=True, epochs=7,

@@ -77,7 +77,7 @@ def test_tensorboard_holds_what_the_log_holds(workspace):
 
 
 def test_points_of_a_curve_are_in_order_whatever_happened(workspace):
-    """Found by a user: 12 rounds came as 0, 5 ... 11, 1 ... 4, by the names of a curve's several files."""
+    """Once: 12 rounds came as 0, 5 ... 11, 1 ... 4, by the names of a curve's several files."""
     more = ("--num_rounds", "12", "--tasks_per_round", "1", "--epochs", "1", "--samples", "5", "--tensorboard")
     folder = workspace / "runs" / "a"
 

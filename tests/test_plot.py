@@ -97,7 +97,7 @@ def test_dots_are_means_with_intervals_on_an_axis_that_starts_where_the_data_are
 
 
 def test_dots_keep_their_text_where_the_interval_passes_100(tmp_path):
-    """Found by review: the text stood where the interval ends, beyond the axis, and was clipped away."""
+    """Once: the text stood where the interval ends, beyond the axis, and was clipped away."""
     figure = figure_of("dots", make_seeds(tmp_path, "zoo", [0.97, 0.999, 0.93]))
     figure.draw_without_rendering()
     (text,) = figure.axes[0].texts
@@ -141,7 +141,7 @@ def test_compute_by_hand(tmp_path):
 
 
 def test_no_two_lines_have_one_colour_and_mark():
-    """Found by nine methods in the README's figure: the eighth had the first's blue dots."""
+    """Once, with nine methods: the eighth had the first's blue dots."""
     points = read_points([Path(__file__).parents[1] / "results/compute.csv"])
     lines = plot.draw("compute", [], points).axes[0].lines
     assert len(lines) == points["method"].nunique() > len(plot.COLOURS)
@@ -153,7 +153,7 @@ def test_no_two_lines_have_one_colour_and_mark():
     (1, lambda r: r.update(image_shape=[1, 8, 8])), (1, lambda r: r.update(rows_trained=None)),
 ])
 def test_compute_leaves_out_networks_that_cannot_be_built(tmp_path, zoo, joint, capsys, first, change):
-    """Found by review: tracebacks; the last two also where only a seed after the group's first is so."""
+    """Once: tracebacks; the last two also where only a seed after the group's first is so."""
     others = [make_run(tmp_path / f"other{s}", [[0.5] * 3], s, method="multihead", lr=0.5) for s in range(2)]
     for folder in others[first:]:
         result = json.loads((folder / "result.json").read_text())
@@ -168,7 +168,7 @@ def test_compute_leaves_out_networks_that_cannot_be_built(tmp_path, zoo, joint, 
 
 
 def test_a_task_that_comes_twice_has_two_confusions(tmp_path):
-    """Found by review: a KeyError. The second run has other names and another order; its shares are the same."""
+    """Once: a KeyError. The second run has other names and another order; its shares are the same."""
     tasks = {"all 0": ([0, 1], [[0.9, 0.1]] * 2), "right": ([2, 3], [[0.9, 0.1], [0.1, 0.9]]),
              "all 1": ([0, 1], [[0.1, 0.9]] * 2)}
     runs = []
@@ -250,14 +250,14 @@ def test_what_does_not_fit_costs_a_line(tmp_path, capsys, zoo, joint):
     faster = make_run(tmp_path / "faster", [[0.5] * 2], method="multihead", lr=0.1)
     assert plot_of("joint", *joint, faster, "--file", out) == 0
     assert "or settings differ" in capsys.readouterr().err
-    # Found by review: alike on the first task, on which the first run is, and then not.
+    # Once: alike on the first task, on which the first run is, and then not.
     fork = make_run(tmp_path / "fork", [[0.2, 0.1]], method="multihead", tasks=[[0, 1], [4, 5]])
     chosen, (line,) = plot.choose("joint", group_runs([read_run(run) for run in [*joint, fork]])[0])
     assert len(chosen) == 3 and "do not begin alike" in line
 
 
 def test_dollars_in_names_are_no_mathematics(tmp_path):
-    """Found by review: a traceback, or italics."""
+    """Once: a traceback, or italics."""
     run = make_run(tmp_path / "run", [[0.5, 0.5]] * 2, names=["$_$ b", "costs $5 to $10"])
     for kind in ("methods", "seen", "matrix", "draws", "dots"):
         assert plot.save(figure_of(kind, [run]), "png").startswith(MAGIC["png"])
@@ -410,7 +410,7 @@ def fonts(monkeypatch):
 
 
 def test_letters_that_no_font_has_are_one_line(tmp_path, capsys, fonts):
-    """Found by use: dozens of warnings."""
+    """Once: dozens of warnings."""
     fonts(("DejaVu Sans", "DejaVuSans.ttf"))
     run = make_run(tmp_path / "run", [[0.5] * 5] * 5, names=["grüße", "日本", "שלום", "e\u0301", "👍"])
     assert plot_of("methods", run, "--file", tmp_path / "a.png") == 0

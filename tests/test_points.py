@@ -93,7 +93,7 @@ def test_points_may_have_empty_cells_blank_lines_and_a_byte_order_mark(tmp_path)
     ({"high": ""}, "mean 0.73 must lie from low to high, not 0.7 to empty"),
 ])
 def test_numbers_that_cannot_be_are_one_line(tmp_path, capsys, cells, message):
-    """Found by review: they became empty cells or wrong points, and the line told was not the file's."""
+    """Once: they became empty cells or wrong points, and the line told was not the file's."""
     file = write_points(tmp_path / "a.csv", {"hardware": "two\nlines"}, {"epochs": "6"} | cells)
     assert plot_of("compute", file, "--file", tmp_path / "a.svg") == 2
     err = capsys.readouterr().err
@@ -105,7 +105,7 @@ def test_numbers_that_cannot_be_are_one_line(tmp_path, capsys, cells, message):
     ('"1"2,3\n', "line 3: not a table of points ("), ('1,"2\n', "line 3: not a table of points ("),
 ])
 def test_rows_of_other_lengths_and_stray_quotes_are_one_line(tmp_path, capsys, end, message):
-    """Found by review: pandas filled short rows, and of longer ones made an index."""
+    """Once: pandas filled short rows, and of longer ones made an index."""
     file = write_points(tmp_path / "a.csv", {}, end=end)
     assert plot_of("compute", file, "--file", tmp_path / "a.svg") == 2
     err = capsys.readouterr().err
@@ -119,7 +119,7 @@ def test_rows_of_other_lengths_and_stray_quotes_are_one_line(tmp_path, capsys, e
     ({"samples": "samples 9"}, "samples 'samples 9' differs from 'all samples' in {a}, line 2; the points of 'Model"),
 ])
 def test_points_that_do_not_belong_together_are_one_line(tmp_path, cells, message):
-    """Found by review: one line joined points of other tasks, models and samples."""
+    """Once: one line joined points of other tasks, models and samples."""
     a, b = write_points(tmp_path / "a.csv", {}), write_points(tmp_path / "b.csv", {"epochs": "6"}, cells)
     with pytest.raises(ConfigError) as caught:
         read_points([a, b])

@@ -63,7 +63,7 @@ def test_latex_and_markdown_keep_their_signs(tmp_path, capsys):
 
 @pytest.mark.parametrize("width", [50, 80, 100, None])
 def test_numbers_keep_their_digits_on_any_terminal(tmp_path, capsys, monkeypatch, width):
-    """Found by review: on 80 columns 812,500 was 812,… and on 120 the settings were folded where nothing need be."""
+    """Once: on 80 columns 812,500 was 812,… and on 120 the settings were folded where nothing need be."""
     if width:
         monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
         monkeypatch.setenv("COLUMNS", str(width))
@@ -146,7 +146,7 @@ def test_control_characters_of_paths_and_names_do_not_reach_the_terminal(tmp_pat
 
 
 def test_folders_whose_names_are_not_utf_8_are_read(tmp_path, capsys):
-    """Found by review: a UnicodeEncodeError of pandas. Two such folders stay two."""
+    """Once: a UnicodeEncodeError of pandas. Two such folders stay two."""
     folders = [make_run(tmp_path / os.fsdecode(b"o" + byte), [[x, x]] * 2, s)
                for s, (byte, x) in enumerate(((b"\xff", 0.5), (b"\xfe", 0.7)))]
     assert report_of(*folders) == 0 and "60.00" in capsys.readouterr().out
@@ -187,7 +187,7 @@ def test_page_is_self_contained_and_escaped(tmp_path, capsys):
     assert "url(" not in page
     # of two tasks: methods, dots, compute, curves, matrix, draws; of three: methods, dots, compute, matrix; joint
     assert page.count("<img ") == 11
-    # Found by review: headings stood there twice without a word of which tasks.
+    # Once: headings stood there twice without a word of which tasks.
     headings = re.findall("<h2>(.*?)</h2>", page)
     assert len(set(headings)) == len(headings)
     assert {"Average accuracy: 2 tasks of &lt;b&gt;", "Average accuracy: 3 tasks of toy"} <= set(headings)

@@ -325,7 +325,7 @@ def test_diverging_learner_stops_the_run_and_keeps_the_zoo(workspace, monkeypatc
 
 @pytest.mark.parametrize("changed", ["train_images", "train_labels", "test_images", "test_labels"])
 def test_resume_on_other_data_is_refused(workspace, capsys, changed):
-    """Found by review: data of the same shape under the same name were mixed in without a word."""
+    """Once: data of the same shape under the same name were mixed in without a word."""
     start(workspace, "a", "--continual")
     (workspace / "runs/a/learners/002.pt").unlink()
     arrays = make_arrays()

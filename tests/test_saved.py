@@ -121,7 +121,7 @@ def test_a_zoo_of_an_unfinished_run_is_its_learners_so_far(saved):
 
 @pytest.mark.parametrize("lost, rest", [(2, "the result"), (1, "a later learner")])
 def test_a_learner_that_is_lost_is_named(saved, lost, rest):
-    """Found by review: the zoo was that of the learners before it, and guessed on the tasks of the others."""
+    """Once: the zoo was that of the learners before it, and guessed on the tasks of the others."""
     learner_path(saved, lost).unlink()
     if rest == "a later learner":
         (saved / "result.json").unlink()
@@ -154,7 +154,7 @@ def test_predict_refuses(saved, images, task, message):
 
 
 def test_predict_refuses_the_name_of_several_tasks(workspace):
-    """Found by review: it took the first."""
+    """Once: it took the first."""
     write_yaml(workspace / "data.yaml", {"dataset": "npz", "path": "toy.npz", "tasks": [[0, 1], [0, 1]]})
     start(workspace, "a", "--continual", "--save_nets")
     zoo, image = Zoo.load(workspace / "runs/a", "cpu"), np.zeros((1, 24, 24), "uint8")

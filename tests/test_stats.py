@@ -148,7 +148,7 @@ def test_seeds_that_agree_to_the_last_digit_stand_beside_others_without_a_warnin
     ([0, 1, 2], "paired", "3", ""), ([3, 4, 5], "Welch", "3, 3", ""), ([3], "Welch", "3, 1", ""),
 ])
 def test_pairs_are_not_bought_with_the_interval(tmp_path, capsys, seeds, test, n, note):
-    """Found by review: one seed in common was enough for a paired test of n = 1."""
+    """Once: one seed in common was enough for a paired test of n = 1."""
     folders = make_seeds(tmp_path, "zoo", [0.7, 0.72, 0.74])
     folders += [make_run(tmp_path / f"iso{s}", [[0.6 + 0.01 * s**2] * 2] * 2, seed=s, tasks_per_round=1)
                 for s in seeds]

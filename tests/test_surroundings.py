@@ -41,7 +41,7 @@ def test_a_package_that_hides_ours_is_named(tmp_path, name, first, script):
 
 
 def test_every_tool_is_a_script():
-    """Found by a figure that could not be made: its own folder is first on a script's path, not the repository."""
+    """Or no figure is made: its own folder is first on a script's path, not the repository."""
     done = subprocess.run([sys.executable, ROOT / "tools/plot.py", "-h"], cwd="/", capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr
     ours = r"^(from|import) (before_torch|modelzoo|multihead|hpo|(datasets|net|tools|utils)\b)"
@@ -177,7 +177,7 @@ def test_seeds_of_a_grid_may_be_a_list(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("out", ["a file", "a link that leads nowhere"])
 def test_an_out_that_is_no_folder_is_named(workspace, capsys, out):
-    """Found by review: "another process has just made it"."""
+    """Once: "another process has just made it"."""
     if out == "a file":
         (workspace / "runs").write_text("mine")
     else:
@@ -187,7 +187,7 @@ def test_an_out_that_is_no_folder_is_named(workspace, capsys, out):
 
 
 def test_a_device_is_not_replaced_and_a_link_stays_one(tmp_path):
-    """Found by review: a report to /dev/null would have made it a file."""
+    """Once: a report to /dev/null would have made it a file."""
     os.mkfifo(tmp_path / "device")
     with pytest.raises(RunError, match="device: cannot be written .it is there and no file."):
         write_file(tmp_path / "device", b"x")

@@ -158,7 +158,7 @@ def test_a_sweep_makes_the_runs_of_the_ordinary_commands(files, local_ray, capsy
     '{"config": null, "average_accuracy": 0.5, "seconds": 1}', '{"config": {}, "average_accuracy": "x", "seconds": 1}',
 ])
 def test_a_damaged_result_is_one_line(files, content):
-    """Found by review: a traceback ended the whole sweep."""
+    """Once: a traceback ended the whole sweep."""
     settings = read_settings("multihead.py", "multihead", [*files, "--name", "damaged"])
     Path("runs/damaged").mkdir(parents=True)
     Path("runs/damaged/result.json").write_text(content)
@@ -294,6 +294,6 @@ def test_a_finished_run_of_another_precision_is_not_taken_for_this_one(files):
     ["--methods", "multihead --hp_config other.yaml"],
 ])
 def test_what_the_grid_would_override_is_refused(files, words):
-    """Found by review: --seed 5 went to every run, and then the grid's own seed, 0, over it."""
+    """Once: --seed 5 went to every run, and then the grid's own seed, 0, over it."""
     with pytest.raises(ConfigError, match="a run has that of the grid; give --(seeds|hp_config) outside"):
         sweep.read_grid([*words, *files])

@@ -1,4 +1,4 @@
-"""Ray, on this machine or on a running cluster: it schedules, retries and ships; nothing here does."""
+"""Connect to Ray, on this machine or a running cluster, and work out how many runs fit on it at a time."""
 import logging
 import os
 import signal

@@ -76,7 +76,7 @@ def out_of_memory(e):
 
 
 def choose_precision(precision, device):
-    """The precision of the backbone, fp32, bf16 or fp16: auto is bf16 on GPUs and CPUs that multiply it, else fp32.
+    """The precision of the backbone, fp32, bf16 or fp16: auto is bf16 on GPUs and CPUs that compute in it, else fp32.
 
     Raises:
         ConfigError: fp16 on a CPU, which has no use for it.
