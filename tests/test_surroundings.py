@@ -183,17 +183,17 @@ def test_an_out_that_is_no_folder_is_named(workspace, capsys, out):
     else:
         (workspace / "runs").symlink_to("nowhere")
     assert command("modelzoo.py", "modelzoo", modelzoo.run, flags(workspace, "--name", "a")) == 2
-    assert f"{workspace / 'runs'}: is there and no folder; take another --out" in capsys.readouterr().err
+    assert f"{workspace / 'runs'}: exists and is no folder; take another --out" in capsys.readouterr().err
 
 
 def test_a_device_is_not_replaced_and_a_link_stays_one(tmp_path):
     """Once: a report to /dev/null would have made it a file."""
     os.mkfifo(tmp_path / "device")
-    with pytest.raises(RunError, match="device: cannot be written .it is there and no file."):
+    with pytest.raises(RunError, match="device: cannot be written .it exists and is no file."):
         write_file(tmp_path / "device", b"x")
     assert not (tmp_path / "device").is_file()
     (tmp_path / "output").symlink_to("device")  # as /dev/stdout is one, to a pipe
-    with pytest.raises(RunError, match="output: cannot be written .it is there and no file."):
+    with pytest.raises(RunError, match="output: cannot be written .it exists and is no file."):
         write_file(tmp_path / "output", b"x")
     (tmp_path / "link").symlink_to("file")
     for data in (b"x", b"y"):
