@@ -22,7 +22,7 @@ import torch
 
 from datasets.build_dataset import hold_out
 from datasets.data import checksum, one_line
-from multihead import train_epochs, validate
+from multihead import train_epochs
 from utils import metrics
 from utils.cluster import connect, share_out
 from utils.command import guard, name_batch
@@ -48,8 +48,9 @@ def score_epochs(settings, precision, fit, held_out):
         fit, held_out: `TaskData` on the training device.
     """
     tasks = range(len(fit.classes))
-    for net, _, _ in train_epochs(settings, precision, fit, tasks, [fit.rows(t) for t in tasks], 0):
-        yield validate(net, held_out, tasks, precision)["val_accuracy"]
+    rows = [fit.rows(t) for t in tasks]
+    for _, values, _ in train_epochs(settings, precision, fit, tasks, rows, 0, val=held_out):
+        yield values["val_accuracy"]
 
 
 def score_rounds(settings, precision, fit, held_out):

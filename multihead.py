@@ -82,7 +82,7 @@ def train_epochs(settings, precision, train, tasks, rows, round, start=None, wat
         yield net, values, snapshot
 
 
-def validate(net, val, tasks, precision, max_batch=1000):
+def validate(net, val, tasks, precision, max_batch):
     """dict(val_loss, val_accuracy): means over the tasks, each on its rows of `val`, at most `max_batch` at once."""
     loss, accuracy = [], []
     for head, t in enumerate(tasks):

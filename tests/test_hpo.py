@@ -24,7 +24,7 @@ from datasets.data import DataError, TaskData
 from utils import command as cli
 from utils.cluster import connect
 from utils.config import read_settings
-from utils.config_files import SPACE, load_yaml, read_space
+from utils.config_files import SPACE, ConfigError, load_yaml, read_space
 from utils.log import RunLog
 from utils.run import prepare
 from utils.search import read_search
@@ -141,10 +141,18 @@ def test_the_last_score_is_the_learners_accuracy_on_the_held_out_rows(files, tmp
     tasks, rows = [0, 1], [fit.rows(0), fit.rows(1)]
     scores = list(hpo.score_epochs(settings, "fp32", fit, held))
     with RunLog(tmp_path, 1, 1) as log:
-        learner = multihead.train_learner(settings, "fp32", fit, held, tasks, rows, rows, 0, log)
+        learner = multihead.train_learner(settings, "fp32", fit, held, tasks, rows, rows, 0, log, val=held)
     right = [(learner.test_logits[t].argmax(1) == held.labels[held.rows(t)]).double().mean().item() for t in tasks]
     assert len(scores) == settings.epochs == 2
     assert scores[-1] == sum(right) / 2
+
+
+def test_every_score_is_of_renewed_batch_norm(files):
+    """Once only the last was: the others were of the statistics that few steps leave, and trials ended by them."""
+    settings, fit, held = prepare_search(files)
+    scores = {epochs: list(hpo.score_epochs(replace(settings, epochs=epochs, schedule="constant"), "fp32", fit, held))
+              for epochs in (1, 2)}
+    assert scores[2][0] == scores[1][0]
 
 
 def test_a_zoos_scores_are_those_of_one_that_grows_in_one_go(files, tmp_path):
@@ -154,6 +162,15 @@ def test_a_zoos_scores_are_those_of_one_that_grows_in_one_go(files, tmp_path):
     with RunLog(tmp_path / "zoo", 2, 1, names=["a", "b"]) as log:
         matrix, _, _ = modelzoo.grow_zoo(settings, "fp32", fit, held, tmp_path / "zoo", log)
     assert list(hpo.score_rounds(settings, "fp32", fit, held)) == [matrix[0][0], sum(matrix[1]) / 2]
+
+
+def test_a_search_below_lr_min_is_refused(files):
+    """Once it was written as the best, and no run took it."""
+    Path("small.yaml").write_text(HYPER + "lr_min: 0.005\n")
+    with pytest.raises(ConfigError, match="lr_min: 0.005 must be at most 0.0001, the lowest lr that is searched"):
+        read_search("hpo.py", files)
+    Path("small.yaml").write_text(HYPER + "lr_min: 0.005\nsearch: {lr: {choice: [0.1, 0.005]}}\n")
+    read_search("hpo.py", files)
 
 
 def test_defaults(files):

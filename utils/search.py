@@ -60,4 +60,7 @@ def read_search(prog, argv=None):
     if settings.weights:
         raise ConfigError(f"{settings.hp_config}: weights: a search trains from a fresh start; leave them out")
     space = read_space(settings.hp_config)
+    if (lowest := min(space["lr"][1])) < settings.lr_min:
+        raise ConfigError(f"{settings.hp_config}: lr_min: {settings.lr_min:g} must be at most {lowest:g}, the lowest "
+                          "lr that is searched; lower it, or give search: lr")
     return settings, Search(space=space, **{f.name: flags[f.name] for f in fields(Search) if f.name != "space"})
