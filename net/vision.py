@@ -39,6 +39,12 @@ class BatchNorm2d(nn.BatchNorm2d):
         return super().forward(x)
 
 
+class MNASNet(models.MNASNet):
+    """MNASNet that loads a plain state dict, as all others do; torchvision's wants the version of its class in it."""
+
+    _load_from_state_dict = nn.Module._load_from_state_dict
+
+
 def list_networks():
     """The names of torchvision's classifiers."""
     return models.list_models(module=models)
@@ -91,13 +97,15 @@ class VisionNet(nn.Module):
         if channels not in (1, 3):
             raise ValueError(f"model {name} needs images of 1 or 3 channels, not {channels}")
         try:
-            net = models.get_model(name, weights=None, **_arguments(name, height, width))
+            net = models.get_model(name, weights=None, **_arguments(name, weights, height, width))
         except (ValueError, AssertionError) as e:  # a size that its patches do not divide
             raise ValueError(f"model {name} cannot take images of {height} x {width} pixels ({e})") from e
         if name.startswith(RESIDUAL) and max(height, width) <= SMALL:
             net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
             nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
             net.maxpool = nn.Identity()
+        if type(net) is models.MNASNet:
+            net.__class__ = MNASNet
         linear = [(place, module) for place, module in net.named_modules() if isinstance(module, nn.Linear)]
         if not linear:
             raise ValueError(f"model {name} has no linear head to replace")
@@ -135,7 +143,7 @@ class VisionNet(nn.Module):
             raise ValueError(f"model {name} gives {list(found[1:])} features on images of {height} x {width} pixels")
 
 
-def _arguments(name, height, width):
+def _arguments(name, weights, height, width):
     """What a network must be told when it is built."""
     if name.startswith("vit"):
         if height != width:
@@ -143,7 +151,9 @@ def _arguments(name, height, width):
         return {"image_size": height}
     if name.startswith("maxvit"):
         return {"input_size": (height, width)}
-    return {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    if name in ("googlenet", "inception_v3"):  # whose weights want images of mean 0.5, made of those of ImageNet's mean
+        return {"aux_logits": False, "init_weights": True, "transform_input": weights is not None}
+    return {}
 
 
 def _replace(net, place, module):

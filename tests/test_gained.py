@@ -75,6 +75,24 @@ def test_rows_that_only_a_run_in_between_has_seen_must_be_there(grown, capsys):
     assert not (grown / "runs/further").exists()
 
 
+@pytest.mark.parametrize("more", [(), ("--inherit",)])
+def test_a_damaged_copy_of_an_old_learner_is_copied_again(grown, more):
+    """Once it was trained again, on the rows that the task has now."""
+    start(grown, "before", "--continual", "--num_rounds", "2", *more)  # of 26, 20 and 20 rows
+    arrays = dict(np.load(grown / "data/toy.npz"))
+    extra = make_arrays(train=2, seed=5)
+    np.savez(grown / "data/toy.npz", **arrays | {key: np.concatenate([arrays[key], extra[key]])
+                                                 for key in ("train_images", "train_labels")})
+    words = ("--continual", "--extend", str(grown / "runs/before"), *more)
+    whole = start(grown, "new", *words)
+    path = grown / "runs/new/learners/000.pt"
+    path.write_bytes(path.read_bytes()[:-9] + b"damaged!!")
+    (grown / "runs/new/result.json").unlink()
+    again = start(grown, "new", *words, "--resume")
+    assert again["accuracy_matrix"] == whole["accuracy_matrix"] and again["rows_trained"] == whole["rows_trained"]
+    assert path.read_bytes() == (grown / "runs/before/learners/000.pt").read_bytes()
+
+
 def refuse(grown, capsys, *more, message):
     words = flags(grown, "--continual", "--name", "new", "--extend", str(grown / "runs/old"), *more)
     assert command("modelzoo.py", "modelzoo", modelzoo.run, words) == 2

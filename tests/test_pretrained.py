@@ -1,5 +1,6 @@
 """weights: and freeze: of a hyper-parameter file."""
 import copy
+import re
 import shutil
 
 import numpy as np
@@ -111,23 +112,72 @@ def test_frozen_runs_resume_and_their_opening_line_says_so(pretrained, capsys, m
     assert numbers(start(pretrained, "a", *more, "--resume", method=method)) == numbers(whole)
 
 
-def make_file(workspace):
-    """Weights of torchvision's smallest classifier where the code looks for those of ImageNet; returns its network."""
+@pytest.mark.parametrize("freeze", [True, False])
+def test_other_weights_under_the_same_name_are_refused(pretrained, capsys, freeze):
+    """Once a run went on with them, and a frozen one predicted with the old ones."""
+    write_yaml(pretrained / "hp.yaml", {**CONV, "weights": "mine.pt", "freeze": freeze})
+    whole = start(pretrained, "a", "--continual", "--num_rounds", "2")
+    for name in ("learners/001.pt", "result.json"):
+        (pretrained / "runs/a" / name).unlink()
+    mine = (pretrained / "data/mine.pt").read_bytes()
+    shutil.copy(learner_path(pretrained / "runs/first", 0), pretrained / "data/mine.pt")
+    capsys.readouterr()
+    for more, message in ((("--name", "a", "--resume", "--num_rounds", "2"), "was run with weights_data"),
+                          (("--name", "b", "--extend", str(pretrained / "runs/a")), "began with other weights than")):
+        assert command("modelzoo.py", "modelzoo", modelzoo.run, flags(pretrained, "--continual", *more)) == 2
+        assert message in capsys.readouterr().err
+    (pretrained / "data/mine.pt").write_bytes(mine)
+    if freeze:
+        (pretrained / "runs/a/frozen.pt").write_bytes(b"half")  # which a resumed run writes again
+    assert numbers(start(pretrained, "a", "--continual", "--num_rounds", "2", "--resume")) == numbers(whole)
+    if freeze:
+        load_tensors(pretrained / "runs/a/frozen.pt", "cpu")
+    start(pretrained, "b", "--continual", "--extend", str(pretrained / "runs/a"))
+
+
+def make_file(workspace, name=SHUFFLE, change=lambda state: state, **more):
+    """Weights of a classifier of torchvision where the code looks for those of ImageNet; returns its network."""
     torch.manual_seed(0)
-    net = models.get_model(SHUFFLE, weights=None)
-    path = workspace / "data/weights" / models.get_model_weights(SHUFFLE)["IMAGENET1K_V1"].url.rpartition("/")[2]
+    net = models.get_model(name, weights=None, **more)
+    path = workspace / "data/weights" / models.get_model_weights(name)["IMAGENET1K_V1"].url.rpartition("/")[2]
     path.parent.mkdir()
-    torch.save(net.state_dict(), path)
+    torch.save(change(net.state_dict()), path)
     return net
 
 
-def test_named_weights_take_images_as_they_want_them(workspace):
-    """Resized to 224 pixels and normalised by ImageNet's mean and deviation, by torchvision's own transform."""
-    theirs = make_file(workspace).eval()
+@pytest.mark.parametrize("name, change", [
+    (SHUFFLE, lambda state: {key: x for key, x in state.items() if "num_batches" not in key}),
+    ("densenet121", lambda state: {re.sub(r"(layer\d+\.(?:norm|conv))([12])", r"\1.\2", key): x
+                                   for key, x in state.items()}),
+])
+def test_files_of_older_torchvisions_are_read(workspace, name, change):
+    """As torchvision itself reads them: without batch norm's counts, and by DenseNet's old names."""
+    net = make_file(workspace, name, change)
+    write_yaml(workspace / "hp.yaml", {**CONV, "model": name, "weights": "IMAGENET1K_V1"})
+    found = load_weights(read_settings("x", "modelzoo", flags(workspace)), (1, 24, 24))
+    assert len(found) > 100 and all(x.equal(net.state_dict()[key.removeprefix("net.")]) for key, x in found.items())
+
+
+def test_mnasnet_goes_on_from_plain_state_dicts(workspace):
+    """Its class asks for a version that they do not have: --inherit was a traceback, a saved net damaged."""
+    write_yaml(workspace / "hp.yaml", {**CONV, "model": "mnasnet0_5", "epochs": 1})
+    start(workspace, "a", "--continual", "--inherit", "--num_rounds", "2", "--samples", "4", "--save_nets")
+    assert len(Zoo.load(workspace / "runs/a", "cpu").nets) == 2
+
+
+@pytest.mark.parametrize("name, more", [
+    (SHUFFLE, {}), ("googlenet", {"transform_input": True, "init_weights": False}),
+])
+def test_named_weights_take_images_as_they_want_them(workspace, name, more):
+    """Resized to 224 pixels and normalised by ImageNet's mean and deviation, by torchvision's own transform.
+
+    GoogLeNet's weights want another mean, which the network makes of that: torchvision sets the flag as it loads them.
+    """
+    theirs = make_file(workspace, name, **more).eval()
     theirs.fc = torch.nn.Identity()
-    write_yaml(workspace / "hp.yaml", {**CONV, "model": SHUFFLE, "weights": "DEFAULT"})
+    write_yaml(workspace / "hp.yaml", {**CONV, "model": name, "weights": "DEFAULT"})
     settings = read_settings("x", "modelzoo", flags(workspace))
-    assert settings.model == f"{SHUFFLE}:IMAGENET1K_V1"
+    assert settings.model == f"{name}:IMAGENET1K_V1"
     net = build_net(settings.model, (1, 24, 24), [2], 0.0, seed=0).eval()
     net.backbone.load_state_dict(load_weights(settings, (1, 24, 24)))
     images = torch.from_numpy(make_arrays()["test_images"][:3]).permute(0, 3, 1, 2)

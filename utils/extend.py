@@ -4,6 +4,7 @@ from pathlib import Path
 from datasets.data import checksum, find_rows, hash_rows
 from utils.config_files import ConfigError
 from utils.learner import learner_path, load_run
+from utils.pretrained import hash_weights
 from utils.run_folder import MAY_CHANGE, load_tensors, record, write_file
 
 
@@ -40,6 +41,8 @@ def check_extension(settings, device, precision, train, test):
             raise ConfigError(f"--extend: {what} not as in {folder}, which was run with {was}")
     if settings.save_nets and None in nets:
         raise ConfigError(f"--save_nets: {folder} did not keep every network, so this run cannot either")
+    if theirs.get("weights_data", weights := hash_weights(settings, train.images.shape[1:])) != weights:
+        raise ConfigError(f"--extend: {folder} began with other weights than those that {settings.weights} now holds")
     if checksum(train.first(n), test.first(n)) != theirs.get("data"):
         _check_gained(settings, folder, train, test, n)
     if len(learners) > settings.num_rounds:
@@ -69,11 +72,16 @@ def _check_gained(settings, folder, train, test, n):
 
 
 def copy_learners(source, folder):
-    """Copy the learners of the run folder `source` that `folder` does not have yet; return how many `source` has."""
+    """Copy the learners of the run folder `source` that `folder` does not have whole; return how many `source` has."""
     copied = 0
     while (path := learner_path(Path(source), copied)).exists():
-        if not learner_path(folder, copied).exists():
-            write_file(learner_path(folder, copied), path.read_bytes())
+        mine = learner_path(folder, copied)
+        try:
+            load_tensors(mine, "cpu")
+        except (FileNotFoundError, ValueError):
+            write_file(mine, path.read_bytes())
+        except OSError:
+            pass  # which its reader tells
         copied += 1
     return copied
 

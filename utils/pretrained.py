@@ -1,4 +1,6 @@
 """Weights that a network begins with, and the features of a backbone that stays as it is."""
+import hashlib
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,24 +26,38 @@ def load_weights(settings, image_shape):
     Raises:
         ConfigError: no such file and no network to download it over, or it is of another network.
     """
-    expected = build_net(settings.model, image_shape, [2], 0.0, seed=0).backbone.state_dict()
+    backbone = build_net(settings.model, image_shape, [2], 0.0, seed=0).backbone
+    expected = backbone.state_dict()
     known = weights_of(settings.model)
     path = inside(settings.data_dir, f"weights/{Path(known.url).name}" if known else settings.weights)
     if known and not path.exists():
         _download(known.url, path)
-    state = _read_state(path)
+    state = {re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2.", key): x  # torchvision's old DenseNet
+             for key, x in _read_state(path).items()}
     readings = []
     for prefix in ("", "backbone.", "module."):  # torchvision's or a backbone's, ours, and those of nn.DataParallel
         found = {key.removeprefix(prefix): x for key, x in state.items() if key.startswith(prefix)}
         readings += [found, {f"net.{key}": x for key, x in found.items()}]
     of_net = max(readings, key=lambda found: len(expected.keys() & found.keys()))
     for key, x in expected.items():
-        if key not in of_net:
-            raise ConfigError(f"{path}: weights of another network: {settings.model} has {key}, which is not there")
-        if of_net[key].shape != x.shape:
+        if key in of_net and of_net[key].shape != x.shape:
             raise ConfigError(f"{path}: weights of another network: {key} is {list(of_net[key].shape)} there, and "
                               f"{list(x.shape)} in {settings.model} on images of {list(image_shape)}")
-    return {key: of_net[key] for key in expected}
+    # The modules themselves know the names and counts of older versions.
+    if missing := backbone.load_state_dict(of_net, strict=False).missing_keys:
+        raise ConfigError(f"{path}: weights of another network: {settings.model} has {missing[0]}, which is not there")
+    return backbone.state_dict()
+
+
+def hash_weights(settings, image_shape):
+    """A text that tells whether two runs began with the same weights; None where a run has none."""
+    if settings.weights is None:
+        return None
+    digest = hashlib.sha256()
+    for key, x in load_weights(settings, image_shape).items():
+        digest.update(key.encode())
+        digest.update(x.contiguous().numpy())
+    return digest.hexdigest()[:16]
 
 
 def _download(url, path):
@@ -96,8 +112,11 @@ def freeze_backbone(settings, precision, folder, *splits):
     given = splits[0].images
     net = build_net(settings.model, given.shape[1:], [2], 0.0, seed=0)
     net.backbone.load_state_dict(load_weights(settings, given.shape[1:]))
-    if folder is not None and not (folder / "frozen.pt").exists():
-        save_tensors(folder / "frozen.pt", describe_net(settings, precision, given.shape[1:], [2], net))
+    if folder is not None:
+        try:
+            load_tensors(folder / "frozen.pt", "cpu")
+        except (FileNotFoundError, ValueError):  # not yet there, or damaged
+            save_tensors(folder / "frozen.pt", describe_net(settings, precision, given.shape[1:], [2], net))
     device = splits[0].device
     net.to(device, memory_format=torch.channels_last).eval()
 

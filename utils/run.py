@@ -14,7 +14,7 @@ from utils.device import choose_device, choose_precision, default_threads, descr
 from utils.extend import copy_learners, hash_tasks
 from utils.learner import learner_path
 from utils.log import RunLog, print_result, say_folded, task_names
-from utils.pretrained import load_weights
+from utils.pretrained import hash_weights, load_weights
 from utils.run_folder import (
     check_folder,
     load_tensors,
@@ -126,15 +126,16 @@ def find_run(settings, device, precision, train, test):
 
     Returns:
         folder: its path.
-        about: what its config.yaml says of the settings; a checksum of the training and test rows, too, so that a run
-            is never gone on with on others.
+        about: what its config.yaml says of the settings; checksums of the training and test rows and of the weights
+            that it begins with, too, so that a run is never gone on with on others.
         found: rounds whose learners are there.
 
     Raises:
         ConfigError, RunError: see `check_folder`.
     """
     folder = settings.folder
-    about = record(settings, device, precision) | {"data": checksum(train, test)}
+    sums = {"data": checksum(train, test), "weights_data": hash_weights(settings, train.images.shape[1:])}
+    about = record(settings, device, precision) | sums
     check_folder(folder, about, settings.resume)
     return folder, about, sum(learner_path(folder, k).exists() for k in range(settings.num_rounds))
 

@@ -223,7 +223,7 @@ def open_folder(folder, settings, resume, origin, inside="learners"):
 def _compare_settings(folder, mine, theirs):
     if not isinstance(theirs, dict):
         raise ConfigError(f"{folder / 'config.yaml'}: key settings is missing; take another --name")
-    older = {"threads"} - theirs.keys()  # which runs did not record at first
+    older = {"threads", "weights_data"} - theirs.keys()  # which runs did not record at first
     theirs = LATER | theirs
     for key in (*mine, *theirs):
         if key not in (*MAY_CHANGE, *older) and mine.get(key, 0) != theirs.get(key):
