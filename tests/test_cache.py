@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from datasets import data, folder
+from datasets import folder, images
 from datasets.build_dataset import build_dataset
 from datasets.data import DataError
 from datasets.images import Damaged, load_image, read_all
@@ -173,7 +173,7 @@ def test_the_bar_is_for_terminals(pets, monkeypatch, capsys):
     assert capsys.readouterr().err == ""
     out = io.StringIO()
     monkeypatch.setattr(out, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr(data, "tqdm", lambda **about: tqdm(**about, file=out, mininterval=0))
+    monkeypatch.setattr(images, "tqdm", lambda **about: tqdm(**about, file=out, mininterval=0))
     build(pets, size=24)
     assert "train: images: 100%" in out.getvalue() and "12/12" in out.getvalue()
 
@@ -192,7 +192,7 @@ def test_a_cache_that_breaks_while_it_is_read_ends_in_one_line(pets, decoded, mo
 def test_several_threads_read_the_same_and_leave_the_warnings_as_they_were(pets, decoded, monkeypatch):
     """Threads that each set the one filter of the process, and set it back in another order, left it changed."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    monkeypatch.setattr(data, "PART", 1)
+    monkeypatch.setattr(images, "PART", 1)
     for c in range(3):
         for j in range(4, 40):
             Image.new("RGB", (300, 300), (80 * c, j, 7)).save(pets / "train" / ("ant", "bee", "cat")[c] / f"{j}.png")

@@ -8,6 +8,8 @@ import torch
 
 import modelzoo
 import multihead
+from tests.commands import start
+from tests.conftest import make_arrays
 from tests.runfolders import assert_one_line, make_predictions, make_run, report_of, squeeze
 from tools.runs import load_log_probs, make_ensemble, read_run
 from utils.command import command
@@ -158,3 +160,18 @@ def test_members_of_limited_replay_weigh_their_learners_as_the_run_did(tmp_path)
     save_tensors(folder / "test_labels.pt", [torch.tensor([0]), torch.tensor([0])])
     predictions, _ = load_log_probs(read_run(folder))
     assert predictions[0].exp()[0].tolist() == pytest.approx([0.58, 0.42])
+
+
+def test_a_task_that_no_learner_knows_has_the_accuracy_of_a_guess(workspace):
+    """Once it was that of class 0, here 5 of 6 test rows, and the run was called damaged."""
+    arrays = make_arrays()
+    keep = np.ones(30, bool)
+    for label in (1, 3, 5):
+        keep[np.flatnonzero(arrays["test_labels"] == label)[1:]] = False
+    test = {key: arrays[key][keep] for key in ("test_images", "test_labels")}
+    np.savez(workspace / "data/toy.npz", **arrays | test)
+    result = start(workspace, "a", "--num_rounds", "1", "--tasks_per_round", "1")
+    log_probs, _ = load_log_probs(read_run(workspace / "runs/a"))
+    guessed = [t for t in range(3) if t not in result["rounds"][0]["tasks"]]
+    assert [result["accuracy"][t] for t in guessed] == [0.5, 0.5]
+    assert all(log_probs[t].exp().eq(0.5).all() for t in guessed)

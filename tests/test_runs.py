@@ -186,9 +186,9 @@ def test_limited_replay_trains_and_looks_only_at_what_it_kept(workspace, monkeyp
     seen = []
     original = multihead.train_learner
 
-    def spy(settings, precision, train, test, tasks, rows, kept, *more):
+    def spy(settings, precision, train, test, tasks, rows, kept, *more, **named):
         seen.append((train, tasks, rows, kept))
-        return original(settings, precision, train, test, tasks, rows, kept, *more)
+        return original(settings, precision, train, test, tasks, rows, kept, *more, **named)
 
     monkeypatch.setattr(multihead, "train_learner", spy)
     start(workspace, "a", "--continual", "--replay_frac", "0.2")

@@ -206,9 +206,9 @@ def test_an_extended_run_equals_one_that_had_all_tasks_from_the_start(workspace,
     whole = start(workspace, "whole", "--continual", *more)
     trained, original = [], multihead.train_learner
 
-    def spy(settings, precision, train, test, tasks, *rest):
+    def spy(settings, precision, train, test, tasks, *rest, **named):
         trained.append(tasks)
-        return original(settings, precision, train, test, tasks, *rest)
+        return original(settings, precision, train, test, tasks, *rest, **named)
 
     monkeypatch.setattr(multihead, "train_learner", spy)
     runs = workspace / "runs"

@@ -292,8 +292,8 @@ def test_folder_that_may_not_be_written(workspace, where):
 def test_folder_removed_meanwhile(workspace, monkeypatch, capsys):
     train_learner = multihead.train_learner
 
-    def remove(*args):
-        trained = train_learner(*args)
+    def remove(*args, **named):
+        trained = train_learner(*args, **named)
         shutil.rmtree(workspace / "runs")
         return trained
 

@@ -325,13 +325,12 @@ def load_log_probs(run):
         if [learner.tasks for learner in zoo.learners] != [tuple(tasks) for _, tasks in learners]:
             raise ValueError("learners of other tasks")
         log_probs = [zoo.predict_log_probs(t) for t in range(len(classes))]
-        found = [metrics.accuracy(p, y) for p, y in zip(log_probs, labels, strict=True)]
     except OSError as e:
         raise ConfigError(f"{e.filename or folder}: cannot be read ({e.strerror}); an ensemble needs it") from e
     except Exception as e:  # what another program wrote raises nearly anything
         raise ConfigError(f"{folder}: its predictions are damaged or foreign ({printable(e)[:80]})") from e
     # A hundredth, because devices may break ties between classes in different ways.
-    if any(abs(a - b) > 0.01 for a, b in zip(found, run.matrix[-1], strict=True)):
+    if any(abs(a - b) > 0.01 for a, b in zip(zoo.accuracy, run.matrix[-1], strict=True)):
         raise ConfigError(f"{folder}: its predictions do not have the accuracy that its result.json states")
     return log_probs, labels
 
