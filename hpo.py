@@ -214,7 +214,9 @@ def run(settings, search, argv):
         with contextlib.nullcontext() if sys.stdout.isatty() else contextlib.redirect_stdout(io.StringIO()):
             results = tuner.fit()
         rows = rank(results, trial_length(settings))
-        best, median = rows[0], statistics.median(row["score"] for row in rows)
+        best = rows[0]
+        ended = [row["score"] for row in rows if row["length"] == best["length"]]  # a stopped one's is no final score
+        median = statistics.median(ended)
         print_trials(rows, settings, search)
         write_trials(folder / "trials.csv", rows)
         if best["note"]:
@@ -223,12 +225,13 @@ def run(settings, search, argv):
         held = "the fifth of the training rows held out"
         write_best(best_path, settings, chosen, [
             f"Found by: python {shlex.join(['hpo.py', *argv])}",
-            f"Score: {100 * best['score']:.2f} % on {held} (median of {len(rows)} trials: {100 * median:.2f} %)",
+            f"Score: {100 * best['score']:.2f} % on {held} (median of the {len(ended)} of {len(rows)} trials that were "
+            f"trained to the end: {100 * median:.2f} %)",
             f"Data: {settings.data_config}, {len(fit.labels)} rows to train on, {len(held_out.labels)} held out",
             f"Date: {datetime.now(UTC):%Y-%m-%d}, in {sum(row['seconds'] for row in rows):.0f} s of trials",
         ])
         say(f"{'best score':>18}  {100 * best['score']:.2f} % on {held}")
-        say(f"{'median trial':>18}  {100 * median:.2f} %")
+        say(f"{'median':>18}  {100 * median:.2f} % of the {len(ended)} trials that were trained to the end")
         for key, value in (*chosen.items(), ("settings", best_path), ("trials", folder / "trials.csv")):
             say(f"{key:>18}  {value}")
         return rows
