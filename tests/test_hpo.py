@@ -276,7 +276,8 @@ def test_a_search_writes_settings_that_the_other_scripts_read(files, local_ray, 
     head = written.read_text().split("model:")[0].splitlines()
     assert "--name first" in head[0] and f"Score: {100 * float(best['score']):.2f} %" in head[1]
     ended = [float(row["score"]) for row in rows if row["length"] == "2"]
-    assert f"the {len(ended)} of 2 trials that were trained to the end: {100 * sum(ended) / len(ended):.2f} %" in head[1]
+    median = 100 * sum(ended) / len(ended)
+    assert f"the {len(ended)} of 2 trials that were trained to the end: {median:.2f} %" in head[1]
     assert "two.yaml, 64 rows to train on, 16 held out" in head[2] and head[3].startswith("# Date: 20")
     assert "best score" in out and "Trial" not in out  # the table, without Ray's own progress
 
