@@ -134,8 +134,9 @@ def find_run(settings, device, precision, train, test):
         ConfigError, RunError: see `check_folder`.
     """
     folder = settings.folder
-    sums = {"data": checksum(train, test), "weights_data": hash_weights(settings, train.images.shape[1:])}
-    about = record(settings, device, precision) | sums
+    about = record(settings, device, precision) | {"data": checksum(train, test)}
+    if settings.weights:
+        about["weights_data"] = hash_weights(settings, train.images.shape[1:])
     check_folder(folder, about, settings.resume)
     return folder, about, sum(learner_path(folder, k).exists() for k in range(settings.num_rounds))
 
