@@ -245,7 +245,7 @@ def main(argv=None):
     def work():
         run(*read_search("hpo.py", argv), argv)
 
-    return guard("hpo.py", work)
+    return guard("hpo.py", work, resumes=True)
 
 
 if __name__ == "__main__":

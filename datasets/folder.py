@@ -9,6 +9,7 @@ import sys
 import unicodedata
 from pathlib import Path
 from urllib.parse import quote
+from uuid import uuid4
 
 import torch
 from PIL import Image
@@ -177,7 +178,7 @@ class FolderImages:
         line = json.dumps([*places, *(key for key, _ in others)]).encode() + b"\n"
         image = bytearray(math.prod(self.shape[1:]))
         for path in self.caches:
-            part = path.with_name(f"{path.name}.{os.getpid()}.part")
+            part = path.with_name(f"{path.name}.{uuid4().hex[:8]}.part")
             try:
                 if shutil.disk_usage(path.parent).free < len(line) + (len(places) + len(others)) * len(image):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -162,7 +162,8 @@ def _as_shown(image):
     Turned as its EXIF orientation says, the upper 8 of 16 bits, on white where it is transparent, in sRGB where it
     brings a colour profile.
     """
-    sixteen = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG")  # so before Pillow 11
+    # "I" is what Pillow before 11 makes of 16 bits in a PNG, and of those in a PGM.
+    sixteen = image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM")
     profile = image.info.get("icc_profile")
     with contextlib.suppress(Exception):  # a viewer shows an image of damaged metadata as it stands
         image = ImageOps.exif_transpose(image)

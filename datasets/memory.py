@@ -32,8 +32,10 @@ def allocate(shape, what, folder):
     size, free = math.prod(shape), free_memory()
     text = f"{what} of {' x '.join(map(str, shape[1:]))} take {size / 1e9:.1f} GB"
     if size > SHARE * free:
-        for place in filter(None, (folder, tempfile.gettempdir())):
+        for find in (lambda: folder, tempfile.gettempdir):
             with contextlib.suppress(OSError, OverflowError):
+                if (place := find()) is None:
+                    continue
                 images = _map(shape, place)
                 print(f"{text}, and {free / 1e9:.1f} GB of memory are free: kept in a file below {place} while the "
                       "run lasts", file=sys.stderr)

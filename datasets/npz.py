@@ -4,6 +4,7 @@ import io
 import os
 import zipfile
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -230,7 +231,7 @@ def load_or_download(name, torchvision_class, files, data_dir, shape, num_labels
 
 def leave_cache(cache, arrays):
     """Write `arrays` to the npz file `cache`, whole or not at all; whether the folder let it."""
-    part = cache.with_suffix(f".{os.getpid()}.part")
+    part = cache.with_suffix(f".{uuid4().hex[:8]}.part")
     try:
         with open(part, "wb") as file:
             np.savez(file, **arrays)

@@ -10,7 +10,7 @@
 # A script that is started again goes on: only what is missing is run. Two shells share the work, each with other SEEDS
 # and, where a script takes them, other ISOLATED.
 set -eu
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 PYTHON=${PYTHON:-python} SEEDS=${SEEDS:-0 1 2} MORE=${MORE:-} OUT=${OUT:-runs/$(basename "$0" .sh)}
 

@@ -6,8 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import flags, write_yaml
-from utils.command import guard
+from utils.command import Stopped, guard
 
 ROOT = Path(__file__).parent.parent
 
@@ -77,3 +79,19 @@ def test_output_that_cannot_be_written_is_one_line(workspace):
         done = subprocess.run([sys.executable, "modelzoo.py", *flags(workspace, "--continual")], cwd=ROOT, stdout=full,
                               stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2 and "No space left on device" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("resumes", [True, False])
+def test_a_signal_inside_compiled_code_is_one_line(capsys, resumes):
+    """Ray's wait turns what it is left by into a SystemError, which was a traceback."""
+    def work():
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except Stopped as e:
+            raise SystemError("returned a result with an exception set") from e
+
+    assert guard("x", work, resumes) == 128 + signal.SIGINT
+    rest = "; the same command with --resume goes on" * resumes
+    assert capsys.readouterr().err == f"x: stopped by SIGINT{rest}\n"
+    with pytest.raises(SystemError):
+        guard("x", lambda: (_ for _ in ()).throw(SystemError("another")))

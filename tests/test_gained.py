@@ -129,6 +129,7 @@ def test_rows_that_were_not_recorded_or_are_damaged_are_told(grown, capsys):
 @pytest.mark.parametrize(("more", "message"), [
     (("--replay_frac", "0.5"), "with --replay_frac below 1 the rows that are kept of a past task stay"),
     (("--samples", "9"), "(counted from 0) are gone; with more rows, --samples chooses others"),
+    (("--val_frac", "0.3"), "(counted from 0) are gone; with more rows, --val_frac chooses others"),
 ])
 def test_where_a_share_of_rows_is_chosen_none_may_be_gained(grown, capsys, more, message):
     grown_rows = (grown / "data/toy.npz").read_bytes()

@@ -64,7 +64,7 @@ def test_what_is_transparent_is_white():
 
 def test_of_16_bits_the_upper_8_are_shown():
     deep = np.array([[0, 257, 32896], [65535, 1000, 65278]], np.uint16)
-    for form in ("PNG", "TIFF"):
+    for form in ("PNG", "TIFF", "PPM"):
         assert read(Image.fromarray(deep), form, shape=(1, 2, 3))[..., 0].tolist() == [[0, 1, 128], [255, 3, 254]]
 
 

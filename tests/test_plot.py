@@ -3,6 +3,7 @@ import errno
 import json
 import math
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from utils.command import guard
 from utils.learner import Learner, learner_path, save_learner
 from utils.run_folder import save_tensors
 
+matplotlib = pytest.importorskip("matplotlib")
 colors = pytest.importorskip("matplotlib.colors")
 
 MAGIC = {"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}
@@ -167,6 +169,26 @@ def test_compute_leaves_out_networks_that_cannot_be_built(tmp_path, zoo, joint, 
     assert plot_of("dots", *zoo, *others, "--file", tmp_path / "a.svg") == 0
 
 
+def test_a_users_settings_and_backend_change_nothing(tmp_path, zoo, monkeypatch):
+    """Once a figure had the user's colours, or was a traceback where a notebook's backend is not installed."""
+    assert plot_of("matrix", *zoo, "--file", tmp_path / "a.svg") == 0
+    monkeypatch.setenv("MPLBACKEND", "module://nowhere")
+    with matplotlib.rc_context({"axes.facecolor": "black", "font.size": 30}):
+        assert plot_of("matrix", *zoo, "--file", tmp_path / "b.svg") == 0
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+    words = [sys.executable, "tools/plot.py", "matrix", *map(str, zoo), "--file", str(tmp_path / "c.svg")]
+    done = subprocess.run(words, cwd=Path(plot.__file__).parents[1], capture_output=True, text=True,
+                          env=os.environ | {"MPLBACKEND": "module://nowhere"})
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_confusion_leaves_out_runs_without_their_learners(tmp_path, zoo, capsys):
+    (Path(zoo[0]) / "learners").mkdir()
+    assert plot_of("confusion", zoo[0], "--file", tmp_path / "a.svg") == 2
+    err = capsys.readouterr().err
+    assert "this kind of run has no place in the figure confusion" in err and "ensemble" not in err
+
+
 def test_a_task_that_comes_twice_has_two_confusions(tmp_path):
     """Once: a KeyError. The second run has other names and another order; its shares are the same."""
     tasks = {"all 0": ([0, 1], [[0.9, 0.1]] * 2), "right": ([2, 3], [[0.9, 0.1], [0.1, 0.9]]),
@@ -190,7 +212,7 @@ def test_a_task_that_comes_twice_has_two_confusions(tmp_path):
 
 def test_compute_leaves_out_what_does_not_say_its_cost(tmp_path, zoo, capsys):
     unknown = make_run(tmp_path / "own", [[0.5, 0.5, 0.5]], dataset="npz", method="multihead")
-    assert plot_of("compute", *zoo, unknown, "--file", tmp_path / "a.svg") == 2
+    assert plot_of("compute", *zoo, unknown, "--file", tmp_path / "a.csv") == 0  # one group alone, to be joined later
     assert "Multi-Head: this kind of run has no place in the figure compute" in capsys.readouterr().err
 
 

@@ -43,7 +43,7 @@ def test_points_of_several_machines_make_one_figure(tmp_path):
     (None, "cannot be read (No such file"), ("", "not a table of points"), ("a,b\n1,2\n", "no column epochs"),
     (b"\xff\xfe\x00", "not a table of points"), ("HEADER\n", "holds no points"),
     ("HEADER\nx" + ",1" * 16 + "\n", "line 2: epochs must be a number"),
-    ("HEADER" + ("\n1" + ",1" * 16) * 2 + "\n" + "1," * 7 + "inf" + ",1" * 9, "line 4: operations must be a number"),
+    ("HEADER\n1" + ",1" * 16 + "\n2" + ",1" * 16 + "\n" + "1," * 7 + "inf" + ",1" * 9, "line 4: operations must be"),
 ])
 def test_points_that_are_none_are_one_line(text, message, tmp_path, capsys):
     file, header = tmp_path / "points.csv", ",".join(NUMBERS + TEXTS)
@@ -74,10 +74,10 @@ def write_points(file, *rows, head="", end=""):
 
 def test_points_may_have_empty_cells_blank_lines_and_a_byte_order_mark(tmp_path):
     empty = dict.fromkeys(("sd", "low", "high", "rows_trained", "parameters", "stored_rows"), "")
-    rows = [{"low": "-0.1", "high": "1.2"}, empty | {"mean": "0.0"}]
+    rows = [{"low": "-0.1", "high": "1.2"}, empty | {"mean": "0.0", "epochs": "6"}]
     file = write_points(tmp_path / "a.csv", *rows, head="\ufeff", end="\n\n")
     points = read_points([file])
-    assert points["low"].tolist()[0] == -0.1 and points["epochs"].tolist() == [5, 5]
+    assert points["low"].tolist()[0] == -0.1 and points["epochs"].tolist() == [5, 6]
     assert points[list(empty)].iloc[1].isna().all() and points["hardware"].tolist() == ["a, b"] * 2
 
 
@@ -124,6 +124,9 @@ def test_points_that_do_not_belong_together_are_one_line(tmp_path, cells, messag
     with pytest.raises(ConfigError) as caught:
         read_points([a, b])
     assert str(caught.value).startswith(f"{b}: line 3: " + message.format(a=a))
+    twice = write_points(tmp_path / "b.csv", {"epochs": "6"}, {})
+    with pytest.raises(ConfigError, match=f"b.csv: line 3: 'Model Zoo' has 5 epochs in {a}, line 2 too; leave one out"):
+        read_points([a, twice])
     other = write_points(tmp_path / "b.csv", {"method": "Isolated", "model": "conv_9", "samples": "samples 9"})
     assert len(read_points([a, other])) == 2
 

@@ -300,3 +300,27 @@ def test_a_saved_network_predicts_in_the_precision_of_its_run(workspace):
     rows = np.concatenate([np.flatnonzero(arrays["test_labels"] == label) for label in (0, 1)])
     torch.testing.assert_close(zoo.predict(arrays["test_images"][rows], 0), zoo.predict_log_probs(0).exp(), rtol=1e-6,
                                atol=1e-7)
+
+
+def test_a_run_in_another_order_is_extended_by_a_file_that_lists_it(workspace, capsys):
+    """The order decides nothing but the tasks, which are compared; once it was refused either way."""
+    result = start(workspace, "old", "--continual", "--task_order", "5", *shorten(workspace))
+    tasks = [*result["config"]["tasks"], [4, 5]]
+    assert tasks[:2] == [[2, 3], [0, 1]]
+    write_yaml(workspace / "data.yaml", {"dataset": "npz", "path": "toy.npz", "tasks": tasks})
+    words = ("--continual", "--extend", str(workspace / "runs/old"))
+    whole = start(workspace, "new", *words)
+    assert len(whole["rounds"]) == 3
+    (workspace / "runs/old").rename(workspace / "runs/away")
+    (workspace / "runs/new/result.json").unlink()
+    argv = flags(workspace, "--name", "new", *words, "--resume")
+    assert cli.command("modelzoo.py", "modelzoo", modelzoo.run, argv) == 2
+    assert "is not there; a run that has copied its learners resumes without it" in capsys.readouterr().err
+    assert numbers(start(workspace, "new", "--continual", "--resume")) == numbers(whole)
+
+
+@pytest.mark.parametrize("device", ["mps", "cpu:0", "gpu", ""])
+def test_a_device_that_is_none_is_named(workspace, device):
+    start(workspace, "a", "--continual", "--save_nets")
+    with pytest.raises(ConfigError, match=f"--device: {device!r} is not one of auto, cpu, cuda"):
+        Zoo.load(workspace / "runs/a", device)

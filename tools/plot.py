@@ -9,6 +9,7 @@ import functools
 import io
 import json
 import math
+import os
 import sys
 import textwrap
 import warnings
@@ -22,6 +23,7 @@ from tools.stats import FEWEST, LEVEL, Summary, measure, summarise
 from utils.command import guard
 from utils.config import Parser
 from utils.config_files import ConfigError
+from utils.learner import learner_path
 from utils.run_folder import write_file
 
 WIDTH = 7.2  # inches, of a page's text
@@ -98,7 +100,7 @@ def choose(kind, groups):
             skipped.append(f"{group.label}: not over the same tasks as {chosen[0].label}")
         else:
             chosen.append(group)
-    alone = {"joint": len(chosen) < 2, "compute": len(chosen) < 2,
+    alone = {"joint": len(chosen) < 2,
              "seen": all(group.runs[0].kind == "Isolated" for group in chosen),
              "methods": not any(map(_has_curves, (group.runs[0] for group in chosen)))}
     if alone.get(kind):
@@ -480,10 +482,18 @@ KINDS = {
     "draws": ("Which tasks each learner trained on, and the weights of the draw",
               lambda run: any(r["weights"] for r in run.rounds) and run.kind != "Isolated", draw_draws),
     "confusion": ("What each class was predicted as",
-                  lambda run: not run.members and (Path(run.path) / "learners").is_dir(), draw_confusion),
+                  lambda run: not run.members and all(learner_path(Path(run.path), k).is_file()
+                                                  for k in range(len(run.rounds))), draw_confusion),
     "joint": ("Multi-Head's accuracy of every task as more are trained on at once",
               lambda run: run.kind == "Multi-Head", draw_joint),
 }
+
+
+def _style():
+    """matplotlib's own settings and STYLE, whatever the user's files say: the same runs give the same figure."""
+    matplotlib = require("matplotlib")
+    own = {key: value for key, value in matplotlib.rcParamsDefault.items() if "backend" not in key}
+    return matplotlib.rc_context(own | STYLE)
 
 
 def draw(kind, groups, points=None):
@@ -498,7 +508,7 @@ def draw(kind, groups, points=None):
         ConfigError: matplotlib is not installed.
     """
     groups = group_runs([run for group in groups for run in group.runs])[0]
-    with require("matplotlib").rc_context(STYLE):
+    with _style():
         from matplotlib.text import Text
 
         if kind == "compute":
@@ -532,7 +542,7 @@ def _report_missing(letters):
 def save(figure, ending):
     """The figure as the bytes of a file; `ending` is png, pdf or svg."""
     data = io.BytesIO()
-    with require("matplotlib").rc_context(STYLE), warnings.catch_warnings():
+    with _style(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure.savefig(data, format=ending, metadata=NO_DATE[ending])
     return data.getvalue()
@@ -553,6 +563,7 @@ def main(argv=None):
     p.add_argument("--file", required=True, help="figure.pdf, figure.png or figure.svg; of the figure compute also "
                    "points.csv, its numbers")
     flags = p.parse_args(argv)
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's own may be missing here
     ending, endings = Path(flags.file).suffix[1:].lower(), [*NO_DATE, *["csv"] * (flags.kind == "compute")]
     if ending not in endings:
         raise ConfigError(f"--file: {flags.file} must end in .{', .'.join(endings)}")

@@ -61,6 +61,11 @@ def read_points(paths):
                     whose = "all points" if method is None else f"the points of {method!r:.80}"
                     raise ConfigError(f"{path}: line {line}: {key} {row[key]!r:.80} differs from {value!r:.80} in "
                                       f"{place}; {whose} must have the same")
+            method, epochs = row["method"], point["epochs"]
+            place = first.setdefault((method, epochs), f"{path}, line {line}")
+            if place != f"{path}, line {line}":
+                raise ConfigError(f"{path}: line {line}: {method!r:.80} has {epochs:g} epochs in {place} too; leave "
+                                  "one out")
             points.append(point)
     return pandas.DataFrame(points)
 

@@ -4,6 +4,7 @@
 
 Runs that differ in seed only are one group. Reads run folders and nothing else.
 """
+import os
 import sys
 from itertools import zip_longest
 from pathlib import Path
@@ -209,6 +210,7 @@ def main(argv=None):
     p.add_argument("--format", choices=("text", "markdown", "latex", "csv"), default="text", help="default: text")
     p.add_argument("--html", metavar="FILE", help="also write one self-contained page with tables and figures")
     flags = p.parse_args(argv)
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's own may be missing here
     groups, notes = runs.group_runs(runs.read_runs("report.py", flags.runs, flags.ensemble))
     found = measure(groups)
     numbers = compare(groups, found)

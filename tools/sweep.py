@@ -140,7 +140,7 @@ def read_grid(argv):
         settings = read_settings(f"{method}.py", method, [*fixed, *own, *common, *files])
         if settings.dry_run:
             raise ConfigError("--dry_run: works on one run, not on a sweep: "
-                              f"python {method}.py {data_config} ... --dry_run")
+                              f"python {method}.py --data_config {data_config} ... --dry_run")
         runs.append(replace(settings, resume=True))
     folders = [settings.folder for settings in runs]
     twice = next((folder for folder in folders if folders.count(folder) > 1), None)
@@ -333,7 +333,7 @@ def sweep(argv):
                     say(f"{row.folder}: {row.note}")
             if not pending:
                 break
-            ready, _ = ray.wait(list(pending), timeout=1 if terminal else None)
+            ready, _ = ray.wait(list(pending), timeout=1)  # a signal comes through in between
             for outcome in ready:
                 collect(outcome, *pending.pop(outcome))
             bar.update(len(ready))
@@ -346,7 +346,7 @@ def sweep(argv):
 
 def main(argv=None):
     """Run the command and return its exit status: 1 where a run failed, 2, after one line, where the grid is wrong."""
-    return guard("sweep.py", lambda: int(any(row.state == "failed" for row in sweep(argv))))
+    return guard("sweep.py", lambda: int(any(row.state == "failed" for row in sweep(argv))), resumes=True)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ def _stop(number, _):
     raise Stopped(number)
 
 
-def guard(prog, work):
-    """Do `work`, a function without arguments, and return the exit status.
+def guard(prog, work, resumes=False):
+    """Do `work`, a function without arguments, and return the exit status; `resumes`: whether --resume goes on with it.
 
     What it returns, or 0; 2, after one line, where the user must mend something; 128 + n after signal n, which loses at
     most the learner in training.
@@ -42,9 +42,16 @@ def guard(prog, work):
         line, status = str(e), 2
     except OSError as e:
         line, status = f"{e.filename or 'output'}: cannot be read or written ({e.strerror or e})", 2
-    except Stopped as e:
-        number = signal.Signals(e.args[0])
-        line, status = f"stopped by {number.name}; the same command with --resume goes on", 128 + number
+    except MemoryError:
+        line, status = "too little memory", 2
+    except (Stopped, SystemError) as e:
+        stopped = e if isinstance(e, Stopped) else e.__cause__  # Ray's compiled code hides what it was left by
+        if not isinstance(stopped, Stopped):
+            raise
+        number = signal.Signals(stopped.args[0])
+        line, status = f"stopped by {number.name}", 128 + number
+        if resumes:
+            line += "; the same command with --resume goes on"
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -68,4 +75,4 @@ def command(prog, method, run, argv=None):
         with name_batch(settings):
             run(settings)
 
-    return guard(prog, work)
+    return guard(prog, work, resumes=True)

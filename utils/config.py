@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from datasets.data import one_line
-from utils.config_files import PRECISIONS, ConfigError, check, read_dataset, read_hyperparam
+from utils.config_files import PRECISIONS, ConfigError, check, check_device, read_dataset, read_hyperparam
 
 PATHS = ("data_config", "hp_config", "data_dir", "out", "extend")  # flags
 
@@ -201,8 +201,7 @@ def make_settings(method, flags, kind=Settings):
     if "capture" in flags:
         check("--capture", flags["capture"], str, choices=("auto", "off"))
     check("--precision", flags["precision"], str, choices=PRECISIONS)
-    if not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9][0-9]{0,2}))?", flags["device"]):
-        raise ConfigError(f"--device: {flags['device']!r} is not one of auto, cpu, cuda, cuda:0, cuda:1, ...")
+    check_device(flags["device"])
     data = read_dataset(flags["data_config"])
     if flags.get("task_order"):
         check("--task_order", flags["task_order"], int, 0, 2**63 - 1)

@@ -153,6 +153,12 @@ def check(where, value, kind, low=-math.inf, high=math.inf, *, above=-math.inf, 
     return value
 
 
+def check_device(text):
+    """Refuse what is no device that we know, by its name."""
+    if not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9][0-9]{0,2}))?", text):
+        raise ConfigError(f"--device: {text!r} is not one of auto, cpu, cuda, cuda:0, cuda:1, ...")
+
+
 def check_model(where, text):
     """Return `text` if `build_net` makes a network of it; else a `ConfigError` that opens with `where`."""
     try:

@@ -9,15 +9,16 @@ from pathlib import Path
 import torch
 
 from datasets.data import one_line
-from utils.config_files import ConfigError
+from utils.config_files import ConfigError, check_device
 
 
 def choose_device(device):
     """The torch device of `--device`: auto is CUDA if there, else the CPU. A CUDA device becomes the current one.
 
     Raises:
-        ConfigError: a CUDA device that is not there, or cannot be used.
+        ConfigError: no such device, or a GPU that is not there or cannot be used.
     """
+    check_device(str(device))
     count = torch.cuda.device_count()
     with warnings.catch_warnings(action="ignore"):
         usable = torch.cuda.is_available()

@@ -26,13 +26,15 @@ def check_extension(settings, device, precision, train, test):
     if settings.extend is None:
         return []
     folder, mine = Path(settings.extend), record(settings, device, precision)
+    if settings.resume and not folder.exists():
+        raise ConfigError(f"--extend: {folder} is not there; a run that has copied its learners resumes without it")
     theirs, _, learners, nets = load_run(folder, "cpu")
     if settings.inherit and nets[-1] is None:
         raise ConfigError(f"--inherit: {folder} kept no network to inherit from; run that again with --inherit, or "
                           "extend it without")
     n = len(theirs["tasks"])
     # Precision, device and threads may change on the way.
-    apart = (*MAY_CHANGE, "num_rounds", "device", "precision", "threads", "data", "names", "save_nets")
+    apart = (*MAY_CHANGE, "num_rounds", "device", "precision", "threads", "data", "names", "save_nets", "task_order")
     now = mine | {"tasks": mine["tasks"][:n], "tasks_per_round": min(mine["tasks_per_round"], n)}
     for key in now:
         if key not in apart and now[key] != theirs.get(key):
@@ -65,7 +67,8 @@ def _check_gained(settings, folder, train, test, n):
         if not hash_rows(test, t).equal(hashes["test"][t]):
             raise ConfigError(f"{what}: the test rows of task {t} (counted from 0) have changed")
         if find_rows(train, t, rows[t]) is None:
-            why = "; with more rows, --samples chooses others" * (settings.samples is not None)
+            chosen = [flag for flag in ("samples", "val_frac") if getattr(settings, flag) is not None]
+            why = f"; with more rows, --{chosen[0]} chooses others" if chosen else ""
             raise ConfigError(f"{what}: training rows of task {t} (counted from 0) are gone{why}")
     if settings.replay_frac < 1:
         raise ConfigError(f"{what}: with --replay_frac below 1 the rows that are kept of a past task stay as they are")
