@@ -18,6 +18,13 @@ sed 's/^model: conv$/model: conv_361/' config/hyperparam/conv.yaml > "$OUT/wide.
 data=(--data_config config/dataset/coarse_cifar100.yaml)
 conv=("${data[@]}" --hp_config config/hyperparam/conv.yaml)
 runs=() ensembles=()
+for epochs in "${all[@]}"; do
+  for seed in $SEEDS; do
+    for method in ${PEERS-replay}; do  # first: it says so if Avalanche is missing
+      run "tools/peers.py $method" "$method-e$epochs-$seed" "${conv[@]}" --epochs "$epochs" --seed "$seed"
+    done
+  done
+done
 for epochs in "${all[@]}" "${short[@]}"; do
   for seed in $SEEDS; do
     flags=("${conv[@]}" --epochs "$epochs" --seed "$seed")
@@ -43,10 +50,7 @@ for epochs in "${all[@]}"; do
     run modelzoo.py "zoo-inherit-e$epochs-$seed" "${flags[@]}" --continual --inherit
     run modelzoo.py "zoo-e$epochs-$seed" "${flags[@]}" --continual
     runs+=("$OUT/zoo-inherit-e$epochs-$seed" "$OUT/zoo-e$epochs-$seed")
-    for method in ${PEERS-replay}; do
-      run "tools/peers.py $method" "$method-e$epochs-$seed" "${flags[@]}"
-      runs+=("$OUT/$method-e$epochs-$seed")
-    done
+    for method in ${PEERS-replay}; do runs+=("$OUT/$method-e$epochs-$seed"); done
   done
 done
 for epochs in "${wide[@]}"; do

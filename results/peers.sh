@@ -14,17 +14,17 @@ for data in coarse split; do
   all=()
   for seed in $SEEDS; do
     common=("${flags[@]}" --hp_config config/hyperparam/conv.yaml --epochs 5 --seed "$seed")
+    for method in ${PEERS-naive joint replay agem}; do  # first: it says so if Avalanche is missing
+      more=()
+      case $method in replay | agem) more=(--memory "$memory") ;; esac
+      run "tools/peers.py $method" "$data-avalanche-$method-$seed" "${common[@]}" "${more[@]}"
+    done
     run modelzoo.py "$data-zoo-$seed" "${common[@]}" --continual
     run modelzoo.py "$data-little-$seed" "${common[@]}" --continual --replay_frac 0.02
     run modelzoo.py "$data-isolated-$seed" "${common[@]}" --continual --tasks_per_round 1
     run multihead.py "$data-joint-$seed" "${common[@]}"
     for kind in zoo little isolated joint; do all+=("$OUT/$data-$kind-$seed"); done
-    for method in ${PEERS-naive joint replay agem}; do
-      more=()
-      case $method in replay | agem) more=(--memory "$memory") ;; esac
-      run "tools/peers.py $method" "$data-avalanche-$method-$seed" "${common[@]}" "${more[@]}"
-      all+=("$OUT/$data-avalanche-$method-$seed")
-    done
+    for method in ${PEERS-naive joint replay agem}; do all+=("$OUT/$data-avalanche-$method-$seed"); done
     [ -z "${PEERS-ewc}" ] || for weight in $weights; do
       run "tools/peers.py ewc" "$data-ewc$weight-$seed" "${common[@]}" --ewc_lambda "$weight"
       all+=("$OUT/$data-ewc$weight-$seed")
