@@ -22,7 +22,7 @@ TEST = {"CLEVRClassification": "val", "ImageNet": "val", "Imagenette": "val", "P
 UNLABELLED = ("CelebA", "Cityscapes", "Kitti", "LFWPairs", "WIDERFace")
 # Keywords that are no setting of the data, or (QMNIST's) choose training and test rows past `train`.
 RESERVED = ("self", "root", "download", "transform", "target_transform", "transforms", "loader", "is_valid_file",
-        "allow_empty", "what", "compat")
+            "allow_empty", "what", "compat")
 
 
 def load_vision(keywords, data_dir, size=None):

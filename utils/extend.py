@@ -5,7 +5,7 @@ from datasets.data import checksum, find_rows, hash_rows
 from utils.config_files import ConfigError
 from utils.learner import learner_path, load_run
 from utils.pretrained import hash_weights
-from utils.run_folder import MAY_CHANGE, load_tensors, record, write_file
+from utils.run_folder import MAY_CHANGE, is_whole, load_tensors, record, write_file
 
 
 def check_extension(settings, device, precision, train, test):
@@ -79,12 +79,8 @@ def copy_learners(source, folder):
     copied = 0
     while (path := learner_path(Path(source), copied)).exists():
         mine = learner_path(folder, copied)
-        try:
-            load_tensors(mine, "cpu")
-        except (FileNotFoundError, ValueError):
+        if not is_whole(mine):
             write_file(mine, path.read_bytes())
-        except OSError:
-            pass  # which its reader tells
         copied += 1
     return copied
 

@@ -11,7 +11,7 @@ from datasets.data import one_line
 from net.build_net import build_net, weights_of
 from utils.config_files import ConfigError
 from utils.learner import describe_net
-from utils.run_folder import load_tensors, save_tensors
+from utils.run_folder import is_whole, load_tensors, save_tensors
 from utils.run_net import run_backbone
 
 
@@ -112,11 +112,8 @@ def freeze_backbone(settings, precision, folder, *splits):
     given = splits[0].images
     net = build_net(settings.model, given.shape[1:], [2], 0.0, seed=0)
     net.backbone.load_state_dict(load_weights(settings, given.shape[1:]))
-    if folder is not None:
-        try:
-            load_tensors(folder / "frozen.pt", "cpu")
-        except (FileNotFoundError, ValueError):  # not yet there, or damaged
-            save_tensors(folder / "frozen.pt", describe_net(settings, precision, given.shape[1:], [2], net))
+    if folder is not None and not is_whole(folder / "frozen.pt"):
+        save_tensors(folder / "frozen.pt", describe_net(settings, precision, given.shape[1:], [2], net))
     device = splits[0].device
     net.to(device, memory_format=torch.channels_last).eval()
 

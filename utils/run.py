@@ -17,7 +17,7 @@ from utils.log import RunLog, print_result, say_folded, task_names
 from utils.pretrained import hash_weights, load_weights
 from utils.run_folder import (
     check_folder,
-    load_tensors,
+    is_whole,
     naming_memory,
     open_folder,
     record,
@@ -190,9 +190,7 @@ def open_run(settings, device, precision, train, test, plan):
     names = task_names(settings.tasks, settings.names, train.class_names)
     origin = {"hardware": describe_hardware(device), "class_names": as_lists(train.class_names)}
     with open_folder(folder, about, settings.resume, origin):
-        try:
-            load_tensors(folder / "test_labels.pt", "cpu")
-        except (FileNotFoundError, ValueError):  # not yet there, or damaged
+        if not is_whole(folder / "test_labels.pt"):
             labels = [test.labels[test.rows(t)].cpu() for t in range(len(settings.tasks))]
             save_tensors(folder / "test_labels.pt", labels)
         if not (folder / "rows.pt").exists():

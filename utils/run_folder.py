@@ -127,6 +127,15 @@ def load_tensors(path, device):
         raise ValueError("not a learner's file") from e
 
 
+def is_whole(path):
+    """Whether `load_tensors` reads the file: it is there and not damaged."""
+    try:
+        load_tensors(path, "cpu")
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
+
+
 def load_or_set_aside(path, device, log):
     """What `save_tensors` wrote to `path`; None where there is none or, reported and set aside, a damaged one.
 
