@@ -26,7 +26,7 @@ from multihead import train_epochs
 from utils import metrics
 from utils.cluster import connect, share_out
 from utils.command import guard, name_batch
-from utils.config_files import ConfigError, dump_yaml, load_yaml
+from utils.config_files import ConfigError, dump_yaml
 from utils.device import choose_device, choose_precision, describe_hardware
 from utils.log import RunLog, print_table, say, task_names
 from utils.run import place, prepare
@@ -36,7 +36,7 @@ from utils.search import read_search
 
 CONFIGS = Path("config/hyperparam")  # where the best settings are written
 # When a search is resumed.
-MAY_CHANGE = ("address", "cpus_per_trial", "gpus_per_trial", "device", "precision")
+MAY_CHANGE = ("address", "cpus_per_trial", "gpus_per_trial", "device", "precision", "hp_file")
 
 
 def score_epochs(settings, precision, fit, held_out):
@@ -165,10 +165,10 @@ def write_trials(path, rows):
     write_file(path, text.getvalue().encode())
 
 
-def write_best(path, settings, chosen, lines):
+def write_best(path, hp_file, epochs, chosen, lines):
     """Write a hyper-parameter file: that of the search with its best settings, and `lines` at its head."""
-    found = {key: value for key, value in load_yaml(settings.hp_config).items() if key != "search"}
-    text = dump_yaml({**found, "epochs": settings.epochs, **chosen})
+    kept = {key: value for key, value in hp_file.items() if key != "search"}
+    text = dump_yaml({**kept, "epochs": epochs, **chosen})
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, ("".join(f"# {' '.join(line.split())}\n" for line in lines) + text).encode())
 
@@ -223,7 +223,7 @@ def run(settings, search, argv):
             raise RunError(f"no trial could be trained to the end: {best['note']}")
         chosen = {key: best[key] for key in search.space}
         held = "the fifth of the training rows held out"
-        write_best(best_path, settings, chosen, [
+        write_best(best_path, search.hp_file, settings.epochs, chosen, [
             f"Found by: python {shlex.join(['hpo.py', *argv])}",
             f"Score: {100 * best['score']:.2f} % on {held} (median of the {len(ended)} of {len(rows)} trials that were "
             f"trained to the end: {100 * median:.2f} %)",

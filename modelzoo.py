@@ -227,8 +227,8 @@ def run(settings, loaded=None):
     old = check_extension(settings, device, precision, train, test)
     plan = plan_rounds(settings, train)
     if settings.dry_run:
-        return estimate(settings, device, precision, train, test, plan, len(old))
-    with open_run(settings, device, precision, train, test, plan) as (folder, log):
+        return estimate(settings, device, precision, train, test, plan, val, len(old))
+    with open_run(settings, device, precision, train, test, plan, val) as (folder, log):
         matrix, rounds, cost = grow_zoo(settings, precision, train, test, folder, log, old, val)
         return finish(settings, device, precision, train, matrix, rounds, cost)
 

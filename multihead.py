@@ -202,8 +202,8 @@ def run(settings, loaded=None):
     rows = [train.rows(t) for t in tasks]
     plan = [(len(tasks), len(train.labels))]
     if settings.dry_run:
-        return estimate(settings, device, precision, train, test, plan)
-    with open_run(settings, device, precision, train, test, plan) as (folder, log):
+        return estimate(settings, device, precision, train, test, plan, val)
+    with open_run(settings, device, precision, train, test, plan, val) as (folder, log):
         data, frozen = train, 0  # the images; with `freeze` the learner trains on their features
         if settings.freeze:
             train, test, val, frozen = freeze_backbone(settings, precision, folder, train, test, val)

@@ -161,7 +161,8 @@ def hold_out(train, share=0.2, folder=None):
             if len(of_class) == 0:  # random labels may leave a class out
                 continue
             if len(of_class) == 1:
-                raise DataError(f"class {c} of task {t} has a single training row: none can be held out beside it")
+                raise DataError(f"class {c} of task {t} has a single training row: none can be held out beside it; "
+                                "raise --samples, or leave that class out")
             n = min(max(1, round(share * len(of_class))), len(of_class) - 1)
             held[of_class[torch.arange(1, n + 1) * len(of_class) // n - 1]] = True
 

@@ -167,10 +167,10 @@ def find_rows(data, t, hashes):
     return None if -1 in found else torch.tensor(found, dtype=torch.int64, device=data.device)
 
 
-def checksum(train, test):
-    """A text that tells whether two runs had the same rows, labels and tasks."""
-    digest = hashlib.sha256(repr([(d.starts, d.classes, d.flip, list(d.images.shape)) for d in (train, test)]).encode())
-    for data in (train, test):
+def checksum(*splits):
+    """A text that tells whether two runs had the same rows, labels and tasks in their splits (`TaskData`)."""
+    digest = hashlib.sha256(repr([(d.starts, d.classes, d.flip, list(d.images.shape)) for d in splits]).encode())
+    for data in splits:
         digest.update(data.images.cpu().numpy())
         digest.update(data.labels.cpu().numpy())
     return digest.hexdigest()[:16]

@@ -8,6 +8,7 @@ import torch
 
 from tools import bench
 from utils.config_files import ConfigError
+from utils.run_folder import RunError
 
 
 def test_bench_counts_floating_point_work(tmp_path, capsys):
@@ -29,6 +30,10 @@ def test_bench_refuses():
         bench.read_flags(["--batches", "0"])
     with pytest.raises(ConfigError, match="--batches: 5001 must be at least 1 and at most 5000"):
         bench.read_flags(["--batches", "5001"])
+    with pytest.raises(ConfigError, match="--models: model squeezenet1_0 has no linear head to replace; the rows here"):
+        bench.read_flags(["--models", "squeezenet1_0"])
+    with pytest.raises(ConfigError, match="--json: nowhere is no folder"):
+        bench.read_flags(["--json", "nowhere/x.json"])
 
 
 def fake_clock(monkeypatch):
@@ -67,3 +72,12 @@ def test_ratio_is_how_much_longer_the_textbook_takes(monkeypatch):
     monkeypatch.setattr(bench.subprocess, "run", lambda argv, **_: now.__setitem__(0, now[0] + next(took[argv[3]])))
     found = bench.compare_textbook("conv", torch.device("cpu"), "fp32", 3)
     assert (found["ours"], found["textbook"], found["ratio"]) == ([2, 4, 2], [6, 20, 8], 4)  # of 3, 5 and 4
+
+
+def test_a_textbook_that_fails_is_one_line(monkeypatch):
+    def fail(argv, **_):
+        raise bench.subprocess.CalledProcessError(1, argv)
+
+    monkeypatch.setattr(bench.subprocess, "run", fail)
+    with pytest.raises(RunError, match="^multihead.py ended with exit status 1, for what stands above$"):
+        bench.compare_textbook("conv", torch.device("cpu"), "fp32", 1)

@@ -188,7 +188,8 @@ def test_defaults(files):
 def test_the_search_section_takes_the_place_of_the_keys_it_names(files):
     search = "search:\n  lr: {uniform: [0.01, 0.1]}\n  batch: {choice: [4]}\n"
     Path("small.yaml").write_text(HYPER.replace("conv", "wrn16_4") + search)
-    assert read_space("small.yaml") == SPACE | {"lr": ("uniform", (0.01, 0.1)), "batch": ("choice", (4,))}
+    space = read_space("small.yaml", load_yaml("small.yaml"))
+    assert space == SPACE | {"lr": ("uniform", (0.01, 0.1)), "batch": ("choice", (4,))}
     assert read_settings("multihead.py", "multihead", files).lr == 0.01  # other scripts do not mind it
 
 
@@ -264,14 +265,24 @@ def found(rows, *keys):
 
 
 @needs_ray
-def test_a_search_writes_settings_that_the_other_scripts_read(files, local_ray, capsys):
-    rows = search(files, "first")
+def test_a_search_writes_settings_that_the_other_scripts_read(files, local_ray, capsys, monkeypatch):
+    text, share_out = Path("small.yaml").read_text(), hpo.share_out
+
+    def edit_the_file(*words):
+        Path("small.yaml").write_text(f"{text}momentum: 0.5\n")
+        return share_out(*words)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hpo, "share_out", edit_the_file)
+        rows = search(files, "first")
+    Path("small.yaml").write_text(text)
     out = capsys.readouterr().out
     assert len(rows) == 2 and all(0 <= float(row["score"]) <= 1 and row["length"] in ("1", "2") for row in rows)
     best = max((row for row in rows if row["length"] == "2"), key=lambda row: float(row["score"]))
     written = Path("config/hyperparam/first.yaml")
     settings = read_settings("modelzoo.py", "modelzoo", [*files, "--hp_config", str(written)])
     assert (settings.model, settings.epochs, settings.augment) == ("conv", 2, False)
+    assert settings.momentum == 0.9  # as when the search began
     assert [str(getattr(settings, key)) for key in SEARCHED] == [best[key] for key in SEARCHED]
     head = written.read_text().split("model:")[0].splitlines()
     assert "--name first" in head[0] and f"Score: {100 * float(best['score']):.2f} %" in head[1]
@@ -388,8 +399,8 @@ def test_a_killed_search_goes_on(files):
 
 
 def test_the_best_settings_are_for_the_epochs_of_the_search(files):
-    settings, _ = read_search("hpo.py", [*files, "--epochs", "3"])
-    hpo.write_best(Path("best.yaml"), settings, {"lr": 0.5, "batch": 4}, ["Found by: a\ntest"])
+    settings, search = read_search("hpo.py", [*files, "--epochs", "3"])
+    hpo.write_best(Path("best.yaml"), search.hp_file, settings.epochs, {"lr": 0.5, "batch": 4}, ["Found by: a\ntest"])
     assert load_yaml("best.yaml") == {"model": "conv", "batch": 4, "lr": 0.5, "l2_reg": 1e-5, "dropout": 0, "epochs": 3,
                                       "augment": False}
     assert Path("best.yaml").read_text().startswith("# Found by: a test\n")

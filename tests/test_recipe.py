@@ -147,6 +147,11 @@ def test_rows_that_the_file_brings_for_it(workspace, capsys):
     last = [line["val_accuracy"] for line in lines if line.get("epoch") == 7]
     assert last == pytest.approx([1 / 2, 3 / 4, 5 / 6])
     assert "class_names" in result
+    np.savez(workspace / "data/toy.npz", **arrays, **val | {"val_labels": val["val_labels"][::-1]})
+    (workspace / "runs/a/result.json").unlink()
+    words = flags(workspace, "--name", "a", "--resume", *more)
+    assert command("modelzoo.py", "modelzoo", modelzoo.run, words) == 2
+    assert "was run with val_data" in capsys.readouterr().err
     np.savez(workspace / "data/toy.npz", **arrays, **{key: x[:20] for key, x in val.items()})
     words = flags(workspace, "--name", "b", *more)
     assert command("modelzoo.py", "modelzoo", modelzoo.run, words) == 2

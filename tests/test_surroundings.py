@@ -137,7 +137,7 @@ search: {lr: &ends {log: [1e-3, 1e-1]}, l2_reg: {<<: *ends}}
 lr: 0.02
 """)
     assert read_hyperparam(tmp_path / "a.yaml")["lr"] == 0.02 and read_hyperparam(tmp_path / "a.yaml")["batch"] == 8
-    assert read_space(tmp_path / "a.yaml")["l2_reg"] == ("log", (1e-3, 1e-1))
+    assert read_space(tmp_path / "a.yaml", load_yaml(tmp_path / "a.yaml"))["l2_reg"] == ("log", (1e-3, 1e-1))
 
 
 @pytest.mark.parametrize("text, message", [
@@ -290,12 +290,12 @@ def test_a_run_that_diverges_says_so(workspace, capsys):
 
 def test_dropout_is_searched_where_there_is_any(tmp_path):
     write_yaml(tmp_path / "hp.yaml", CONV)
-    assert set(read_space(tmp_path / "hp.yaml")) == {"batch", "lr", "l2_reg"}
+    assert set(read_space(tmp_path / "hp.yaml", load_yaml(tmp_path / "hp.yaml"))) == {"batch", "lr", "l2_reg"}
     write_yaml(tmp_path / "hp.yaml", CONV | {"model": "wrn16_4"})
-    assert "dropout" in read_space(tmp_path / "hp.yaml")
+    assert "dropout" in read_space(tmp_path / "hp.yaml", load_yaml(tmp_path / "hp.yaml"))
     write_yaml(tmp_path / "hp.yaml", CONV | {"search": {"dropout": {"choice": [0.1]}}})
     with pytest.raises(ConfigError, match="search: dropout: model conv has none"):
-        read_space(tmp_path / "hp.yaml")
+        read_space(tmp_path / "hp.yaml", load_yaml(tmp_path / "hp.yaml"))
 
 
 @pytest.mark.parametrize("word, message", [

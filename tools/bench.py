@@ -31,13 +31,13 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from net.build_net import build_net, set_dropout_generator  # noqa: E402
 from utils.command import guard  # noqa: E402
 from utils.config import Parser  # noqa: E402
-from utils.config_files import PRECISIONS, check, check_model, load_yaml  # noqa: E402
+from utils.config_files import PRECISIONS, ConfigError, check, check_model, load_yaml  # noqa: E402
 from utils.device import choose_device, choose_precision, describe_hardware  # noqa: E402
 from utils.log import print_table, say  # noqa: E402
-from utils.run_folder import commit, versions  # noqa: E402
+from utils.run_folder import RunError, commit, versions  # noqa: E402
 from utils.run_net import forward, train_net  # noqa: E402
 
-TASKS, CLASSES, ROWS = 5, 5, 5000
+TASKS, CLASSES, ROWS, SHAPE = 5, 5, 5000, (3, 32, 32)
 
 
 def wait(device):
@@ -77,8 +77,8 @@ def measure_training(model, batch, device, precision, seconds):
         dict: model, batch, ms (a step: median over epochs, and its least and greatest), rows_per_s, flop_per_row,
         flop_per_s, peak_mib (of the device's memory, None on a CPU).
     """
-    net = build_net(model, (3, 32, 32), [CLASSES] * TASKS, 0.2, seed=0).to(device)
-    images = torch.randint(0, 256, (ROWS, 3, 32, 32), dtype=torch.uint8, device=device)
+    net = build_net(model, SHAPE, [CLASSES] * TASKS, 0.2, seed=0).to(device)
+    images = torch.randint(0, 256, (ROWS, *SHAPE), dtype=torch.uint8, device=device)
     generators = {key: torch.Generator(device) for key in ("shuffle", "augment", "dropout")}
     set_dropout_generator(net, generators["dropout"])
     flops = count_flops(net, images[:batch])
@@ -129,7 +129,7 @@ def train_textbook(folder, model, device):
     augmented = transforms.Compose([transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), *plain])
     data = ConcatDataset([Task("train", t, augmented) for t in range(3)])
     loader = DataLoader(data, hp["batch"], shuffle=True, num_workers=4, pin_memory=device.type == "cuda")
-    net = build_net(model, (3, 32, 32), [CLASSES] * 3, hp["dropout"], seed=0).to(device)
+    net = build_net(model, SHAPE, [CLASSES] * 3, hp["dropout"], seed=0).to(device)
     optimiser = torch.optim.SGD(net.parameters(), hp["lr"], 0.9, weight_decay=hp["l2_reg"], nesterov=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, hp["epochs"] * len(loader))
     for _ in range(hp["epochs"]):
@@ -176,8 +176,11 @@ def compare_textbook(model, device, precision, repeats):
             theirs = ["tools/bench.py", "--run_textbook", folder, "--models", model, "--device", device]
             for key, words in (("ours", ours), ("textbook", theirs)):
                 start = time.perf_counter()
-                subprocess.run([sys.executable, "-W", "ignore", *map(str, words)], cwd=ROOT, check=True,
-                               stdout=subprocess.DEVNULL)
+                try:
+                    subprocess.run([sys.executable, "-W", "ignore", *map(str, words)], cwd=ROOT, check=True,
+                                   stdout=subprocess.DEVNULL)
+                except subprocess.CalledProcessError as e:
+                    raise RunError(f"{words[0]} ended with exit status {e.returncode}, for what stands above") from e
                 seconds[key].append(time.perf_counter() - start)
     ratios = [b / a for a, b in zip(*seconds.values(), strict=True)]
     return {"model": model, **seconds, "ratio": statistics.median(ratios)}
@@ -198,11 +201,17 @@ def read_flags(argv=None):
     flags = p.parse_args(argv)
     for model in flags.models:
         check_model("--models", model)
+        try:
+            build_net(model, SHAPE, [CLASSES], 0.2, seed=0)
+        except ValueError as e:
+            raise ConfigError(f"--models: {e}; the rows here are images of 32 x 32") from e
     for batch in flags.batches:
         check("--batches", batch, int, 1, ROWS)
     check("--precision", flags.precision, str, choices=PRECISIONS)
     check("--repeats", flags.repeats, int, 1, 100)
     check("--seconds", flags.seconds, float, above=0, high=1000)
+    if flags.json and not Path(flags.json).parent.is_dir():
+        raise ConfigError(f"--json: {Path(flags.json).parent} is no folder; make it first")
     return flags
 
 

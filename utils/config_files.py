@@ -249,17 +249,16 @@ def _check_keyword(where, value):
     return value
 
 
-def read_space(file, found=None):
+def read_space(file, found):
     """Read the space that a search tries: `SPACE`, changed by what the hyper-parameter file's `search:` says.
 
     Args:
         file: its path.
-        found: what it holds (None: it is read), so that a pipe is read once.
+        found: what it holds.
 
     Raises:
         ConfigError: see `read_hyperparam`.
     """
-    found = load_yaml(file) if found is None else found
     model, found = found.get("model"), found.get("search", {})
     if not isinstance(found, dict):
         raise ConfigError(f"{file}: search: must hold keys, each with what to try, such as 'lr: {{log: [1e-4, 1e-1]}}'")

@@ -14,17 +14,17 @@ from utils.run_folder import RunError
 from utils.run_net import NORM_BATCHES, derive_seed, make_generator, predict_logits, train_net
 
 
-def estimate(settings, device, precision, train, test, plan, copied=0):
+def estimate(settings, device, precision, train, test, plan, val=None, copied=0):
     """Print what the run would train, its time and memory, and whether its folder is free.
 
     The times are of the first tasks' rows, on a machine that does what it does now.
 
     Args:
-        settings, device, precision, train, test, plan: see `open_run`.
+        settings, device, precision, train, test, plan, val: see `open_run`.
         copied: learners of the run that this one extends.
     """
     try:
-        folder, _, found = find_run(settings, device, precision, train, test)
+        folder, _, found = find_run(settings, device, precision, train, test, val)
         end = f"{found} of {settings.num_rounds} rounds found" if settings.resume else "the run folder is free"
         there = max(found, copied) + (settings.warm_start and learner_path(folder, WARM).exists())
     except (ConfigError, RunError) as e:

@@ -121,13 +121,13 @@ def plan_rounds(settings, train):
     return plan
 
 
-def find_run(settings, device, precision, train, test):
+def find_run(settings, device, precision, train, test, val=None):
     """Where the run folder is and whether this run may write it; nothing is written.
 
     Returns:
         folder: its path.
-        about: what its config.yaml says of the settings; checksums of the training and test rows and of the weights
-            that it begins with, too, so that a run is never gone on with on others.
+        about: what its config.yaml says of the settings; checksums of the training, test and held-out rows and of the
+            weights that it begins with, too, so that a run is never gone on with on others.
         found: rounds whose learners are there.
 
     Raises:
@@ -135,6 +135,8 @@ def find_run(settings, device, precision, train, test):
     """
     folder = settings.folder
     about = record(settings, device, precision) | {"data": checksum(train, test)}
+    if val:
+        about["val_data"] = checksum(val)
     if settings.weights:
         about["weights_data"] = hash_weights(settings, train.images.shape[1:])
     check_folder(folder, about, settings.resume)
@@ -171,7 +173,7 @@ def count(n, noun):
 
 
 @contextlib.contextmanager
-def open_run(settings, device, precision, train, test, plan):
+def open_run(settings, device, precision, train, test, plan, val=None):
     """Hold the run folder as its only writer, and yield its path and the run's `RunLog`.
 
     The test labels lie in it, so that a new metric, or an ensemble of runs, needs run folders alone.
@@ -180,11 +182,12 @@ def open_run(settings, device, precision, train, test, plan):
         settings: the run's.
         device, precision, train, test: see `prepare`.
         plan: of each learner the number of its tasks and the rows that it trains on in an epoch, about.
+        val: see `split_val`.
 
     Raises:
         ConfigError, RunError: see `open_folder`.
     """
-    folder, about, found = find_run(settings, device, precision, train, test)
+    folder, about, found = find_run(settings, device, precision, train, test, val)
     first, second = describe(settings, device, precision, train, plan)
     work = settings.epochs * sum(rows for _, rows in plan)
     names = task_names(settings.tasks, settings.names, train.class_names)

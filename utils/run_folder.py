@@ -23,7 +23,7 @@ from utils.device import out_of_memory
 
 # Settings that may change when a run is resumed: those that decide nothing, and files, which count by what they say.
 MAY_CHANGE = ("resume", "dry_run", "out", "name", "data_dir", "tensorboard", "extend", "data_config",
-        "hp_config", "capture")
+              "hp_config", "capture")
 # Settings that older runs did not record, and what they were.
 LATER = {"task_order": 0, "inherit": False, "weigh_by_round": False,
          **dict.fromkeys(("val_frac", "keywords", "flip")),
@@ -232,7 +232,7 @@ def open_folder(folder, settings, resume, origin, inside="learners"):
 def _compare_settings(folder, mine, theirs):
     if not isinstance(theirs, dict):
         raise ConfigError(f"{folder / 'config.yaml'}: key settings is missing; take another --name")
-    older = {"threads", "weights_data"} - theirs.keys()  # which runs did not record at first
+    older = {"threads", "weights_data", "val_data"} - theirs.keys()  # which runs did not record at first
     theirs = LATER | theirs
     for key in (*mine, *theirs):
         if key not in (*MAY_CHANGE, *older) and mine.get(key, 0) != theirs.get(key):

@@ -3,7 +3,7 @@ from dataclasses import dataclass, fields, replace
 
 from utils.cluster import check_shares
 from utils.config import default_name, make_parser, make_settings
-from utils.config_files import ConfigError, check, read_space
+from utils.config_files import ConfigError, check, load_yaml, read_space
 
 OBJECTIVES = ("multihead", "zoo")
 ZOO_ROUNDS = 5  # of the short continual zoo that a search may train
@@ -17,6 +17,7 @@ class Search:
     objective: str  # multihead, zoo
     num_samples: int  # trials
     max_concurrent: int | None  # trials at once at most (None: as many as fit)
+    hp_file: dict  # what the hyper-parameter file held
     cpus_per_trial: float
     gpus_per_trial: float | None  # None: a whole one where there are any
     address: str | None  # of a running Ray cluster (None: this machine)
@@ -59,8 +60,10 @@ def read_search(prog, argv=None):
         settings = make_settings("multihead", flags)
     if settings.weights:
         raise ConfigError(f"{settings.hp_config}: weights: a search trains from a fresh start; leave them out")
-    space = read_space(settings.hp_config)
+    hp_file = load_yaml(settings.hp_config)
+    space = read_space(settings.hp_config, hp_file)
     if (lowest := min(space["lr"][1])) < settings.lr_min:
         raise ConfigError(f"{settings.hp_config}: lr_min: {settings.lr_min:g} must be at most {lowest:g}, the lowest "
                           "lr that is searched; lower it, or give search: lr")
-    return settings, Search(space=space, **{f.name: flags[f.name] for f in fields(Search) if f.name != "space"})
+    read = {"space": space, "hp_file": hp_file}
+    return settings, Search(**read, **{f.name: flags[f.name] for f in fields(Search) if f.name not in read})
