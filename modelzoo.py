@@ -59,7 +59,8 @@ class Zoo:
     """The ensemble of all learners so far; a learner speaks only for the tasks that it was trained on.
 
     Args:
-        train_labels: [T] tensors [N_t], labels of the training rows that may still be looked at.
+        train_labels: [T] tensors [N_t], labels of the training rows that may still be looked at; [] where `loss` is
+            not wanted.
         test_labels: [T] tensors [M_t].
         classes: [T], how many classes each task has.
         replay_frac: r; the first learner trained on a task saw all of it and weighs 1/r in its mean.
@@ -97,12 +98,12 @@ class Zoo:
         n = len(self.learners) if self.weigh_by_round else 1
         self.shares.append([n / (1 if self.weights[t] else self.replay_frac) for t in learner.tasks])
         for i, (t, share) in enumerate(zip(learner.tasks, self.shares[-1], strict=True)):
-            self.train_means[t] = join(self.train_means[t], self.weights[t], learner.train_logits[i], share)
-            self.test_means[t] = join(self.test_means[t], self.weights[t], learner.test_logits[i], share)
-            self.weights[t] += share
             if self.train_labels:
+                self.train_means[t] = join(self.train_means[t], self.weights[t], learner.train_logits[i], share)
                 self.loss[t] = negative_log_likelihood(self.train_means[t], self.train_labels[t])
+            self.test_means[t] = join(self.test_means[t], self.weights[t], learner.test_logits[i], share)
             self.accuracy[t] = accuracy(self.test_means[t], self.test_labels[t])
+            self.weights[t] += share
 
     def predict_log_probs(self, t):
         """The zoo's log class probabilities for task t, [N, C_t] float64, on its test rows."""

@@ -142,6 +142,7 @@ def hold_out(train, share=0.2, folder=None):
 
     Of every class of every task rows at equal distances are held out, its last one among them, whatever the seed: a
     label that stands in two tasks brings the same rows, in the same order, to both, so both hold out the same ones.
+    Randomised labels are those of the classes drawn, so there what is held out goes by the draw, and by the seed.
 
     Args:
         train: `TaskData` of the training rows, on the CPU.

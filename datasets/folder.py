@@ -23,7 +23,7 @@ def load_image_folder(path, tasks, size, data_dir):
     """Read the images of the classes that `tasks` name.
 
     Args:
-        path: the folder that holds train/ and test/, or val/ where there is no test/.
+        path: the folder that holds train/ and test/, or val/ or valid/ where there is no test/.
         tasks: lists of class names, or of indices into the sorted names of the folders in train/. Names are compared
             as people see them (`visible`).
         size: side in pixels that every image is resized to (bilinear).

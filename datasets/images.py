@@ -115,7 +115,7 @@ def load_image(file, shape):
     """Read an image as a viewer shows it (`_as_shown`): uint8 [H, W, C], resized (bilinear) where of another size.
 
     Args:
-        file: a path, or an open Pillow image.
+        file: a path, an open file, or an open Pillow image.
         shape: (C, H, W), C 1 or 3.
 
     Raises:
@@ -146,7 +146,7 @@ def is_image(file):
     try:
         with warnings.catch_warnings(action="ignore"), _open_image(file):
             return True
-    except Exception:  # see `load_image`
+    except Exception:  # see `decode_image`
         return False
 
 

@@ -36,9 +36,12 @@ def test_a_dry_run_by_hand(workspace, monkeypatch, capsys):
     # images of 24 x 24, 90 rows; logits of two classes, 30 rows for each of 6 tasks learned, 4 bytes each
     assert f"images {90 * 24 * 24 / 1e6:.1f} MB, learners' files {6 * 30 * 2 * 4 / 1e6:.1f} MB\n" in out
     assert out.endswith("the run folder is free\n")
-    # With 4 of a task's 20 rows held out, batch norm's share is of each of the 2 epochs: 61, 122 and 183 s.
+    # With 4 of a task's 20 rows held out, batch norm's share is of each of the 2 epochs, and so is the prediction of
+    # these 4: 32 + 16 + 13 + 4 = 65, 130 and 195 s.
     assert try_out(workspace, "--continual", "--val_frac", "0.2") == 0
-    assert "192 rows in 24 steps, about 2 min per round (1 min to 3 min), 6 min in all" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "192 rows in 24 steps, about 2 min per round (1 min to 3 min), 6 min in all" in out
+    assert f"images {90 * 24 * 24 / 1e6:.1f} MB" in out
 
 
 def test_a_dry_run_of_limited_replay_and_of_a_warm_start(workspace):

@@ -22,7 +22,7 @@ import multihead
 from datasets.build_dataset import hold_out
 from datasets.data import DataError, TaskData
 from utils import command as cli
-from utils.cluster import connect
+from utils.cluster import connect, share_out
 from utils.config import read_settings
 from utils.config_files import SPACE, ConfigError, load_yaml, read_space
 from utils.log import RunLog
@@ -239,6 +239,14 @@ def test_without_ray_or_optuna_one_line_says_how_to_install_it(files, capsys, mo
     err = capsys.readouterr().err
     assert "is not installed; install it by: pip install -r requirements-hpo.txt" in err
     assert err.count("\n") == 1 and not Path("runs").exists()
+
+
+@pytest.mark.parametrize("gpus, slots", [(1, 2), (0.6, 2), (0.5, 4), (0.3, 6), (0.1, 20), (2, 1), (0, 32)])
+def test_a_trial_has_its_share_of_one_card(monkeypatch, gpus, slots):
+    """Of 32 cores and 2 GPUs: two trials of 0.6 GPUs fit, though these are 1.2 of 2."""
+    node = {"Alive": True, "Resources": {"CPU": 32.0, "GPU": 2.0}}
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(nodes=lambda: [node]))
+    assert share_out("trial", 1, gpus, "auto")[2] == slots
 
 
 def test_a_trial_that_was_stopped_early_is_never_the_best():

@@ -20,6 +20,7 @@ from modelzoo import Zoo
 from tests.commands import numbers, shorten, start
 from tests.conftest import CONV, flags, make_arrays, write_yaml
 from utils import command as cli
+from utils import extend as extension
 from utils.config_files import ConfigError
 from utils.learner import learner_path
 from utils.run_folder import load_tensors, save_tensors
@@ -222,6 +223,26 @@ def test_an_extended_run_equals_one_that_had_all_tasks_from_the_start(workspace,
     shutil.rmtree(runs / "old")
     (runs / "new" / "result.json").unlink()
     assert numbers(start(workspace, "new", "--continual", *more, "--resume")) == numbers(whole)
+
+
+def test_a_run_killed_while_it_copies_learners_is_not_resumed_without_them(workspace, monkeypatch, capsys):
+    start(workspace, "old", "--continual", "--num_rounds", "2")
+    extend, write_file, written = ["--extend", str(workspace / "runs" / "old")], extension.write_file, []
+
+    def stop_at_the_second(*file):
+        if written:
+            raise KeyboardInterrupt
+        written.append(write_file(*file))
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(extension, "write_file", stop_at_the_second)
+        start(workspace, "new", "--continual", *extend)
+    words = flags(workspace, "--name", "new", "--continual", "--resume")
+    assert cli.command("modelzoo.py", "modelzoo", modelzoo.run, words) == 2
+    assert f"has not yet copied all learners of {extend[1]}; give --extend again" in capsys.readouterr().err
+    assert len(list((workspace / "runs/new/learners").iterdir())) == 1
+    extended = start(workspace, "new", "--continual", "--resume", *extend)
+    assert numbers(extended) == numbers(start(workspace, "whole", "--continual"))
 
 
 def test_more_rounds_of_the_same_tasks_are_an_extension_too(workspace):

@@ -78,7 +78,8 @@ def share_out(what, cpus, gpus, device):
         raise ConfigError(f"--device: {device} is not there: Ray sees no GPU")
     if ":" in device:
         raise ConfigError(f"--device: Ray chooses the GPU of each {what}; give cuda, not {device}")
-    slots = sum(int(min(node.get("CPU", 0) / cpus, node.get("GPU", 0) / gpus if gpus else 1e9)) for node in nodes)
+    per_gpu = int(1 / gpus) if 0 < gpus < 1 else 1 / (gpus or 1)  # shares of one card do not make another
+    slots = sum(int(min(node.get("CPU", 0) / cpus, node.get("GPU", 0) * per_gpu if gpus else 1e9)) for node in nodes)
     if slots == 0:
         largest = [max(node.get(resource, 0) for node in nodes) for resource in ("CPU", "GPU")]
         raise ConfigError(f"--cpus_per_{what} {cpus:g}, --gpus_per_{what} {gpus:g}: no node has as much; "

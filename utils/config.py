@@ -263,7 +263,10 @@ def _check_rounds(flags, num_tasks):
 
 
 def default_name(method, flags, more=()):
-    """Name a run by its files and by every flag given that changes what it computes, those in `more` too."""
+    """Name a run by its files and by the flags given that say what is trained, those in `more` too.
+
+    Not by --device, --precision, --threads and --extend.
+    """
     parts = [Path(flags["data_config"]).stem, Path(flags["hp_config"]).stem, method]
     for flag in ("continual", "naive", "warm_start", "inherit", "weigh_by_round"):
         parts += [flag] if flags.get(flag) else []

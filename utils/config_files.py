@@ -119,7 +119,7 @@ def load_yaml(path):
     except yaml.MarkedYAMLError as e:
         where = f" at line {e.problem_mark.line + 1}" if e.problem_mark else ""
         raise ConfigError(f"{path}: not a valid YAML file{where}: {one_line(e.problem)}") from e
-    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as e:
+    except (yaml.YAMLError, ValueError, RecursionError, OverflowError, LookupError, TypeError, AttributeError) as e:
         raise ConfigError(f"{path}: not a valid YAML file: {one_line(e)}") from e
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: must hold keys and values, such as 'batch: 16'")

@@ -32,7 +32,7 @@ def estimate(settings, device, precision, train, test, plan, val=None, copied=0)
     for line in describe(settings, device, precision, train, plan):
         say_folded(line)
     if settings.freeze:
-        train, test, _ = freeze_backbone(settings, precision, None, train, test)
+        train, test, val, _ = freeze_backbone(settings, precision, None, train, test, val)
     batch, epochs = settings.batch, settings.epochs
     sizes = {size for _, rows in plan for size in (min(batch, rows), rows % batch) if size}
     max_tasks = max(n for n, _ in plan)
@@ -43,12 +43,13 @@ def estimate(settings, device, precision, train, test, plan, val=None, copied=0)
 
     rows_per_task = (len(train.labels) + len(test.labels)) / len(train.classes)
     # After training, and before each validation, come batch norm's statistics, which cost what predicting as many rows
-    # does; then the predictions.
-    renewals = epochs if settings.val_frac else 1
+    # does; then the predictions, and those of each validation.
+    renewals = epochs if val else 1
+    held_per_task = epochs * len(val.labels) / len(val.classes) if val else 0
     seconds = []
     for n, rows in plan:
         training = epochs * (rows // batch * step.get(batch, 0) + (step[rows % batch] if rows % batch else 0))
-        predicted = renewals * min(rows, NORM_BATCHES * batch) + n * rows_per_task
+        predicted = renewals * min(rows, NORM_BATCHES * batch) + n * (rows_per_task + held_per_task)
         seconds.append(training + predicted * per_row)
     left = plan[there:]
     steps = epochs * sum(-(-rows // batch) for _, rows in left)
@@ -56,7 +57,7 @@ def estimate(settings, device, precision, train, test, plan, val=None, copied=0)
     logits = sum(n for n, _ in plan) * rows_per_task * statistics.mean(train.classes) * 4
     nets = count_parameters(settings.model, train.images.shape[1:], train.classes[:max_tasks], settings.dropout) * 4
     files = logits + nets * (len(plan) if settings.save_nets else settings.inherit)
-    images = sum(data.images.numel() for data in (train, test))
+    images = sum(data.images.nbytes for data in (train, test, val) if data)
     timed = f"{1000 * step[max(step)]:.1f} ms per batch of {max(step)}"
     say_folded(f"dry run, no run folder written: {epochs * sum(rows for _, rows in left):,} rows in {steps:,} steps, "
         f"about {clock(statistics.mean(seconds))} per round ({clock(min(seconds))} to {clock(max(seconds))}), "
@@ -77,7 +78,10 @@ def time_step(net, settings, precision, train, max_tasks, size):
     # After the last epoch, which is never asked for, batch norm's statistics would be set anew.
     epochs = train_net(net, train.images, rows, heads, train.labels[rows], epochs=warm + 2, batch=size, lr=settings.lr,
                        l2_reg=settings.l2_reg, schedule=settings.schedule, augment=settings.augment, flip=train.flip,
-                       precision=precision, generators=generators)
+                       precision=precision, generators=generators, optimiser=settings.optimiser,
+                       momentum=settings.momentum, clip_norm=settings.clip_norm,
+                       label_smoothing=settings.label_smoothing, capture=settings.capture,
+                       weights=torch.ones(len(rows), device=device) if settings.class_weights else None)
     for _ in range(warm):
         next(epochs)
     start = time.perf_counter()
@@ -85,9 +89,9 @@ def time_step(net, settings, precision, train, max_tasks, size):
     return (time.perf_counter() - start) / 2
 
 
-def time_prediction(net, precision, train, n=256):
+def time_prediction(net, precision, train):
     """Seconds per row of predicting, as a learner does once it is trained."""
-    rows = train.rows(0)[:n]
+    rows = train.rows(0)[:256]
     for _ in range(2):  # the first one warms up
         start = time.perf_counter()
         predict_logits(net, train.images, rows, 0, train.classes[0], precision).sum().item()

@@ -2,7 +2,7 @@
 from pathlib import Path
 
 from datasets.data import checksum, find_rows, hash_rows
-from utils.config_files import ConfigError
+from utils.config_files import ConfigError, load_yaml
 from utils.learner import learner_path, load_run
 from utils.pretrained import hash_weights
 from utils.run_folder import MAY_CHANGE, is_whole, load_tensors, record, write_file
@@ -21,9 +21,11 @@ def check_extension(settings, device, precision, train, test):
         A tuple of tasks for each of its learners; none where nothing is extended.
 
     Raises:
-        ConfigError: they are not: other settings, other data, tasks that do not come first here; or a damaged file.
+        ConfigError: they are not: other settings, other data, tasks that do not come first here; or a damaged file. Or
+            a run is resumed without `--extend` that was killed before it had copied all learners.
     """
     if settings.extend is None:
+        _check_copied(settings)
         return []
     folder, mine = Path(settings.extend), record(settings, device, precision)
     if settings.resume and not folder.exists():
@@ -50,6 +52,16 @@ def check_extension(settings, device, precision, train, test):
     if len(learners) > settings.num_rounds:
         raise ConfigError(f"--extend: {folder} holds {len(learners)} learners; --num_rounds must be at least that")
     return [learner.tasks for learner in learners]
+
+
+def _check_copied(settings):
+    """Refuse to resume a run that was begun with `--extend` and has not copied all learners: it would train them."""
+    file = settings.folder / "config.yaml"
+    begun = load_yaml(file).get("settings") if settings.resume and file.is_file() else None
+    source = begun.get("extend") if isinstance(begun, dict) else None
+    if source and not (settings.folder / "rows.pt").exists():  # which is written once they are there
+        raise ConfigError(f"--resume: {settings.folder} has not yet copied all learners of {source}; "
+                          "give --extend again")
 
 
 def _check_gained(settings, folder, train, test, n):

@@ -73,7 +73,7 @@ def load_learner(path, train, test, tasks, loss_rows, log):
         loss_rows: [n] tensors, the rows of `train` on which it must have logits.
         log: the `RunLog`.
     """
-    saved = load_or_set_aside(path, "cpu", log)
+    saved = load_or_set_aside(path, log)
     if saved is None:
         return None
     shapes = {"train_logits": [(len(rows), train.classes[t]) for t, rows in zip(tasks, loss_rows, strict=True)],
@@ -100,7 +100,7 @@ def load_checkpoint(path, tasks, epochs, log):
         epochs: that it trains for.
         log: the `RunLog`.
     """
-    saved = load_or_set_aside(path, "cpu", log) if path else None
+    saved = load_or_set_aside(path, log) if path else None
     if saved is None:
         return 0, 0.0, None
     kinds = {"tasks": list, "epoch": int, "seconds": float, "snapshot": dict}

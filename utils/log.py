@@ -278,14 +278,14 @@ class Events:
             self.writers.popitem()[1].close()
 
 
-def task_names(tasks, names, class_names=None, limit=40):
+def task_names(tasks, names, class_names):
     """A name per task: the config's, else its classes' where these tell the tasks apart, else its source labels."""
     if names:
         return list(names)
 
     def join(tasks):
         texts = ["".join(c if c.isprintable() else "?" for c in " ".join(map(str, task))) for task in tasks]
-        return [text if len(text) <= limit else text[: limit - 1] + "…" for text in texts]
+        return [text if len(text) <= 40 else text[:39] + "…" for text in texts]
 
     of_classes = join(class_names or [])
     return of_classes if class_names and len(set(of_classes)) == len(tasks) else join(tasks)

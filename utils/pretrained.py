@@ -25,6 +25,7 @@ def load_weights(settings, image_shape):
 
     Raises:
         ConfigError: no such file and no network to download it over, or it is of another network.
+        DataError: its path leads out of --data_dir.
     """
     backbone = build_net(settings.model, image_shape, [2], 0.0, seed=0).backbone
     expected = backbone.state_dict()

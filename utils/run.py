@@ -40,7 +40,7 @@ def prepare(settings, loaded=None):
 
     Raises:
         ConfigError: no such device, images too small for the model, or weights that are not there or not its own.
-        DataError: see `build_dataset`.
+        DataError: see `build_dataset` and `load_weights`.
     """
     device = choose_device(settings.device)
     torch.set_num_threads(settings.threads or recorded_threads(settings) or default_threads(settings.model))
@@ -196,9 +196,9 @@ def open_run(settings, device, precision, train, test, plan, val=None):
         if not is_whole(folder / "test_labels.pt"):
             labels = [test.labels[test.rows(t)].cpu() for t in range(len(settings.tasks))]
             save_tensors(folder / "test_labels.pt", labels)
-        if not (folder / "rows.pt").exists():
-            save_tensors(folder / "rows.pt", hash_tasks(settings, train, test))
         copied = copy_learners(settings.extend, folder) if settings.extend else 0
+        if not (folder / "rows.pt").exists():  # last: `check_extension` takes it for a sign that the learners are there
+            save_tensors(folder / "rows.pt", hash_tasks(settings, train, test))
         with RunLog(folder, settings.num_rounds, work, settings.tensorboard, names, settings.continual) as log:
             say_folded(first)
             begun = ", and a checkpoint of the next" * any((folder / "learners").glob("*.checkpoint"))

@@ -136,14 +136,14 @@ def is_whole(path):
     return True
 
 
-def load_or_set_aside(path, device, log):
+def load_or_set_aside(path, log):
     """What `save_tensors` wrote to `path`; None where there is none or, reported and set aside, a damaged one.
 
     Raises:
         RunError: the file is there and cannot be read, or not be renamed.
     """
     try:
-        return load_tensors(path, device)
+        return load_tensors(path, "cpu")
     except FileNotFoundError:
         return None
     except OSError as e:

@@ -75,7 +75,7 @@ def run_backbone(net, images, precision):
 
 
 def forward(net, images, heads, precision):
-    """Logits [B, C_max] in float32 of uint8 images [B, C, H, W]; only the backbone runs in `precision`."""
+    """Logits [B, C_max] float32 of uint8 images [B, C, H, W] or features [B, D]; the backbone runs in `precision`."""
     return net.heads(run_backbone(net, images, precision).float(), heads)
 
 
@@ -341,7 +341,7 @@ def predict_logits(net, images, rows, head, num_classes, precision, max_batch=10
 
     Args:
         net: `MultiHead`, on the device of `rows`; left in evaluation mode.
-        images: [N, C, H, W] uint8, there or on the host.
+        images: [N, C, H, W] uint8, or [N, D] float32 features, there or on the host.
         rows: [n] int64, of `images`.
         head: its index.
         num_classes: C_t, of that head.
