@@ -156,6 +156,19 @@ def rank(results, length):
                   reverse=True)
 
 
+def scores_at_the_end(rows, length):
+    """Scores of the trials that were trained to the end; arguments as `rank` gives and takes them.
+
+    Raises:
+        RunError: there are none.
+    """
+    ended = [row["score"] for row in rows if row["length"] == length and not row["note"]]
+    if not ended:
+        why = next((row["note"] for row in rows if row["note"]), "all were stopped early")
+        raise RunError(f"no trial could be trained to the end: {why}")
+    return ended
+
+
 def write_trials(path, rows):
     """Write the trials as CSV."""
     text = io.StringIO()
@@ -214,13 +227,10 @@ def run(settings, search, argv):
         with contextlib.nullcontext() if sys.stdout.isatty() else contextlib.redirect_stdout(io.StringIO()):
             results = tuner.fit()
         rows = rank(results, trial_length(settings))
-        best = rows[0]
-        ended = [row["score"] for row in rows if row["length"] == best["length"]]  # a stopped one's is no final score
-        median = statistics.median(ended)
         print_trials(rows, settings, search)
         write_trials(folder / "trials.csv", rows)
-        if best["note"]:
-            raise RunError(f"no trial could be trained to the end: {best['note']}")
+        ended = scores_at_the_end(rows, trial_length(settings))
+        best, median = rows[0], statistics.median(ended)
         chosen = {key: best[key] for key in search.space}
         held = "the fifth of the training rows held out"
         write_best(best_path, search.hp_file, settings.epochs, chosen, [

@@ -24,7 +24,7 @@ def one_line(text, limit=200):
 
 @dataclass(frozen=True)
 class TaskData:
-    """The rows of all tasks, of one split (train or test), on one device; images too many for it stay on the host.
+    """The rows of all tasks, of one split (train, test, val), on one device; images too many for it stay on the host.
 
     Attributes:
         images: [N, C, H, W] uint8, sorted by task; with a frozen backbone its features, [N, D] float32.

@@ -27,6 +27,7 @@ from utils.config import read_settings
 from utils.config_files import SPACE, ConfigError, load_yaml, read_space
 from utils.log import RunLog
 from utils.run import prepare
+from utils.run_folder import RunError
 from utils.search import read_search
 
 ROOT = Path(__file__).parents[1]
@@ -258,6 +259,11 @@ def test_a_trial_that_was_stopped_early_is_never_the_best():
     rows = hpo.rank([result("stopped", 0.9, 1), result("worse", 0.6, 9), result("best", 0.7, 9),
                      result("broken", 0.0, 1, "inf"), lost], 9)
     assert [row["trial"] for row in rows][:3] == ["best", "worse", "stopped"]
+    assert hpo.scores_at_the_end(rows, 9) == [0.7, 0.6]
+    # One that fails in its last epoch was not trained to the end, and one that was stopped is not the best.
+    rows = hpo.rank([result("stopped", 0.9, 1), result("broken", 0.0, 9, "inf"), lost], 9)
+    with pytest.raises(RunError, match="^no trial could be trained to the end: inf$"):
+        hpo.scores_at_the_end(rows, 9)
 
 
 def search(files, name, *flags):

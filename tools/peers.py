@@ -332,7 +332,7 @@ def run(settings):
     """Train one method in its run folder and return its result; None where --resume finds it done."""
     device, precision, train, test = prepare(settings)
     train, test = place(device, train, test)
-    sizes = [(1, len(train.rows(t))) for t in range(len(train.classes))]
+    sizes = [(len(train.classes), len(train.rows(t))) for t in range(len(train.classes))]  # one network has all heads
     plan = sizes if settings.continual else [(len(sizes), len(train.labels))]
     # Avalanche warns of its own parts, and of solvers that nothing here uses; it changes filters, hence `record`.
     with (

@@ -18,7 +18,7 @@ from utils.log import first_seen, task_names
 from utils.run_folder import LATER, MAY_CHANGE, load_tensors
 
 APART = (*MAY_CHANGE, "save_nets", "threads", "seed", "task_order", "names")  # settings that may differ within a group
-DATA = ("dataset", "keywords", "path", "size", "tasks")  # one setting here: which tasks
+DATA = ("dataset", "keywords", "path", "size", "tasks")  # of these is the setting "tasks" of a `Run`, a text
 SHAPES = {"cifar100": (3, 32, 32), "cifar10": (3, 32, 32), "mini_imagenet": (3, 84, 84)} | dict.fromkeys(
     ("mnist", "rotated_mnist", "permuted_mnist", "digits", "rotated_digits"), (1, 28, 28))
 # They mean nothing for other kinds.
@@ -42,7 +42,7 @@ class Run:
         settings: what decides the run, without the seed; the keys of DATA stand as one, tasks.
         names: [T] of the tasks seen.
         class_names: [T] tuples of texts.
-        tasks: what was learned: dataset, path, size and the source labels of each task seen, in one text.
+        tasks: what was learned: dataset, keywords, path, size and the source labels of each task seen, in one text.
         matrix: [rounds][T] test accuracy in [0, 1], None where a task was not yet seen.
         rounds: a dict a round, with tasks and weights, as in result.json; none in an ensemble.
         cost: networks (that speak for a task, mean over tasks), seconds, rows_trained, parameters,
@@ -88,7 +88,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in seed only, ordered by it; `label` names them among the groups that they were read with."""
+    """Runs that differ in --task_order and seed only, sorted by these; `label` tells them from others read too."""
 
     label: str
     runs: list

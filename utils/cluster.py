@@ -93,9 +93,8 @@ def check_shares(what, cpus, gpus, device):
     Raises:
         ConfigError: the line names the flag.
     """
-    check(f"--cpus_per_{what}", cpus, float, above=0, high=10**4)
-    for name, share in (("cpus", cpus), ("gpus", gpus or 0.0)):
-        check(f"--{name}_per_{what}", share, float, 0, 10**4)
+    for name, share, least in (("cpus", cpus, {"above": 0}), ("gpus", gpus or 0.0, {"low": 0})):
+        check(f"--{name}_per_{what}", share, float, high=10**4, **least)
         if share > 1 and share != int(share):
             raise ConfigError(f"--{name}_per_{what}: {share} must be a whole number where it is above 1")
     if gpus == 0 and device.startswith("cuda"):

@@ -15,7 +15,7 @@ from utils.run_net import NORM_BATCHES, derive_seed, make_generator, predict_log
 
 
 def estimate(settings, device, precision, train, test, plan, val=None, copied=0):
-    """Print what the run would train, its time and memory, and whether its folder is free.
+    """Print what the run would train, its time, the size of its images and files, and whether its folder is free.
 
     The times are of the first tasks' rows, on a machine that does what it does now.
 
