@@ -4,7 +4,7 @@
 #     results/batch_norm.sh    # two hours on one core of an AMD EPYC
 #
 # See results/common.sh.
-. "$(dirname "$0")/common.sh"
+. "$(dirname "$0")/common.sh" || exit
 small=(--hp_config config/hyperparam/small.yaml --continual --device cpu --precision fp32)
 for data in "rotated_digits --samples 5" "rotated_digits --samples 20" "coarse_cifar100 --num_rounds 15"; do
   read -r file flag value <<< "$data"

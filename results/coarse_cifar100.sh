@@ -6,7 +6,7 @@
 #
 # From the environment also FIGURES, the folder of the figures, and ISOLATED, the seeds of Isolated (0 to 11). See
 # results/common.sh.
-. "$(dirname "$0")/common.sh"
+. "$(dirname "$0")/common.sh" || exit
 coarse=(--data_config config/dataset/coarse_cifar100.yaml)
 small=("${coarse[@]}" --hp_config config/hyperparam/small.yaml)
 isolated=(${ISOLATED:-0 1 2 3 4 5 6 7 8 9 10 11})

@@ -9,7 +9,7 @@
 # The numbers of the figure go to $OUT/compute.csv; results/compute.csv holds those that the README's is drawn from:
 #
 #     python tools/plot.py compute results/compute.csv --file results/figures/compute.png
-. "$(dirname "$0")/common.sh"
+. "$(dirname "$0")/common.sh" || exit
 all=(${EPOCHS-1 5 20}) short=(${SHORT-2 10 40 80})
 wide=(${WIDE-${all[@]}}) isolated=(${ISOLATED:-0 1 2 3})
 mkdir -p "$OUT"

@@ -5,7 +5,7 @@
 #     results/digits.sh    # ten minutes on one core; needs requirements-peers.txt
 #
 # From the environment also FIGURE and TABLE, the files that are written. See results/common.sh.
-. "$(dirname "$0")/common.sh"
+. "$(dirname "$0")/common.sh" || exit
 table=${TABLE:-results/digits.md}
 digits=(--data_config config/dataset/rotated_digits.yaml --hp_config config/hyperparam/small.yaml --samples 20
         --device cpu --precision fp32)

@@ -5,7 +5,7 @@
 #     EPOCHS=20 results/inherit.sh
 #
 # Isolated is trained with seeds 0 to 11 (ISOLATED) for three ensembles of four. See results/common.sh.
-. "$(dirname "$0")/common.sh"
+. "$(dirname "$0")/common.sh" || exit
 epochs=${EPOCHS:-5} runs=() ensembles=() isolated=(${ISOLATED:-0 1 2 3 4 5 6 7 8 9 10 11})
 flags=(--continual --data_config config/dataset/coarse_cifar100.yaml --hp_config config/hyperparam/conv.yaml
        --epochs "$epochs")

@@ -5,7 +5,7 @@
 #                         # Rotated- 84 and Permuted- 101 on one of an AMD EPYC (family 26)
 #
 # From the environment also TASKS (split rotated permuted). See results/common.sh.
-. "$(dirname "$0")/common.sh"
+. "$(dirname "$0")/common.sh" || exit
 for tasks in ${TASKS:-split rotated permuted}; do
   runs=()
   for seed in $SEEDS; do

@@ -4,7 +4,7 @@
 #     results/orders.sh    # conv.yaml, 5 epochs, three orders: 18 runs, each 10 minutes on one core of an AMD EPYC (family 26)
 #
 # From the environment also ORDERS (0 1 2; 0 is the file's). See results/common.sh.
-. "$(dirname "$0")/common.sh"
+. "$(dirname "$0")/common.sh" || exit
 all=()
 for order in ${ORDERS:-0 1 2}; do
   runs=()

@@ -4,7 +4,7 @@
 #     results/parts.sh    # half a day on one core of an AMD EPYC
 #
 # From the environment also FIGURES, the folder of the figure. See results/common.sh.
-. "$(dirname "$0")/common.sh"
+. "$(dirname "$0")/common.sh" || exit
 small=(--data_config config/dataset/coarse_cifar100.yaml --hp_config config/hyperparam/small.yaml --samples 100)
 isolated=(${ISOLATED:-0 1 2 3 4 5 6 7 8 9 10 11})
 all=() joint=() ensembles=()

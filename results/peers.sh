@@ -4,7 +4,7 @@
 #     results/peers.sh    # a day on one core of an AMD EPYC
 #
 # See results/common.sh.
-. "$(dirname "$0")/common.sh"
+. "$(dirname "$0")/common.sh" || exit
 for data in coarse split; do
   if [ $data = coarse ]; then
     flags=(--data_config config/dataset/coarse_cifar100.yaml) weights="1 10" memory=1000  # with 100 training diverges

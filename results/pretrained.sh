@@ -7,7 +7,7 @@
 # scratch, from its backbone, and on its backbone as it stays; and, as it stays, once more from folders of PNG files. The
 # weights and the folders are written below DATA_DIR; a second shell may share the work once they are there. See
 # results/common.sh.
-. "$(dirname "$0")/common.sh"
+. "$(dirname "$0")/common.sh" || exit
 mkdir -p "$OUT"
 coarse=config/dataset/coarse_cifar100.yaml conv=config/hyperparam/conv.yaml
 first=$OUT/first_cifar100.yaml last=$OUT/last_cifar100.yaml folders=$OUT/folders_cifar100.yaml

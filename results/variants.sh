@@ -4,7 +4,7 @@
 #     results/variants.sh    # conv.yaml, 5 epochs; 5.2 hours on one core of an AMD EPYC
 #
 # From the environment also WAYS, which of the ways. See results/common.sh.
-. "$(dirname "$0")/common.sh"
+. "$(dirname "$0")/common.sh" || exit
 [ -e "$OUT/data/cifar100.npz" ] || "$PYTHON" results/variants.py hold_out "${DATA_DIR:-data}" "$OUT/data"
 DATA_DIR=$OUT/data
 flags=(--continual --data_config config/dataset/coarse_cifar100.yaml --hp_config config/hyperparam/conv.yaml

@@ -5,7 +5,7 @@
 #     EPOCHS=100 results/wrn.sh    # the paper's size, for a GPU
 #
 # From the environment also ZOOS, the seeds of the two zoos (0). See results/common.sh.
-. "$(dirname "$0")/common.sh"
+. "$(dirname "$0")/common.sh" || exit
 runs=()
 for seed in $SEEDS; do
   flags=(--data_config config/dataset/coarse_cifar100.yaml --hp_config config/hyperparam/wrn.yaml

@@ -32,8 +32,9 @@ def test_bench_refuses():
         bench.read_flags(["--batches", "5001"])
     with pytest.raises(ConfigError, match="--models: model squeezenet1_0 has no linear head to replace; the rows here"):
         bench.read_flags(["--models", "squeezenet1_0"])
-    with pytest.raises(ConfigError, match="--json: nowhere is no folder"):
-        bench.read_flags(["--json", "nowhere/x.json"])
+    for file in ("nowhere/x.json", "."):
+        with pytest.raises(ConfigError, match=f"--json: {file} must be a file in a folder that is there"):
+            bench.read_flags(["--json", file])
 
 
 def fake_clock(monkeypatch):

@@ -84,6 +84,25 @@ def test_joint_draws_accuracy_against_the_number_of_tasks(joint):
         assert list(axis.lines[0].get_ydata()) == pytest.approx(ys)
 
 
+def test_joint_finds_tasks_that_came_in_another_order(tmp_path):
+    """Once: the accuracies of other tasks were averaged, by place, under the names of the first run's."""
+    tasks, values = [[0, 1], [2, 3], [4, 5]], {0: 0.9, 2: 0.7, 4: 0.5}
+    runs = [make_run(tmp_path / "one", [[0.8]], method="multihead", tasks=tasks)]
+    for order, of_run in ((0, tasks), (1, tasks[::-1])):
+        row = [values[task[0]] for task in of_run]
+        runs.append(make_run(tmp_path / f"all{order}", [row], method="multihead", tasks=of_run, task_order=order))
+    ys = [list(axis.lines[0].get_ydata()) for axis in figure_of("joint", runs).axes[:3]]
+    assert ys == [pytest.approx([80, 90]), pytest.approx([70]), pytest.approx([50])]
+
+
+def test_two_isolated_groups_have_two_marks(tmp_path, zoo):
+    isolated = [make_run(tmp_path / f"iso{lr}", [[0.5] * 3] * 3, tasks_per_round=1, lr=lr) for lr in (0.1, 0.2)]
+    figure = figure_of("seen", [isolated[0], *zoo, isolated[1]])
+    crosses = [c for c in figure.axes[0].collections if type(c).__name__ == "PathCollection"]
+    marks = [cross.get_paths()[0].vertices.tolist() for cross in crosses]
+    assert len(marks) == 2 and marks[0] != marks[1]
+
+
 def test_dots_are_means_with_intervals_on_an_axis_that_starts_where_the_data_are(zoo, joint):
     figure = figure_of("dots", [*zoo, joint[1]])
     axis = figure.axes[0]

@@ -34,7 +34,7 @@ from utils.config import Parser  # noqa: E402
 from utils.config_files import PRECISIONS, ConfigError, check, check_model, load_yaml  # noqa: E402
 from utils.device import choose_device, choose_precision, describe_hardware  # noqa: E402
 from utils.log import print_table, say  # noqa: E402
-from utils.run_folder import RunError, commit, versions  # noqa: E402
+from utils.run_folder import RunError, commit, naming_memory, versions  # noqa: E402
 from utils.run_net import forward, train_net  # noqa: E402
 
 TASKS, CLASSES, ROWS, SHAPE = 5, 5, 5000, (3, 32, 32)
@@ -210,8 +210,8 @@ def read_flags(argv=None):
     check("--precision", flags.precision, str, choices=PRECISIONS)
     check("--repeats", flags.repeats, int, 1, 100)
     check("--seconds", flags.seconds, float, above=0, high=1000)
-    if flags.json and not Path(flags.json).parent.is_dir():
-        raise ConfigError(f"--json: {Path(flags.json).parent} is no folder; make it first")
+    if flags.json and (Path(flags.json).is_dir() or not Path(flags.json).parent.is_dir()):
+        raise ConfigError(f"--json: {flags.json} must be a file in a folder that is there")
     return flags
 
 
@@ -251,4 +251,5 @@ def main(flags):
 
 
 if __name__ == "__main__":
-    sys.exit(guard("bench.py", lambda: main(read_flags())))
+    with_line = naming_memory("too little memory; try smaller --batches, or other --models")
+    sys.exit(guard("bench.py", with_line(lambda: main(read_flags()))))

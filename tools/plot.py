@@ -7,6 +7,7 @@ also reads files of its points, which it writes where --file ends in .csv: so ru
 """
 import functools
 import io
+import itertools
 import json
 import math
 import os
@@ -155,6 +156,9 @@ def draw_seen(groups):
 def draw_joint(groups):
     """Multi-Head's accuracy of each task against how many tasks it was trained on at once."""
     frame = make_frame(groups, "task").assign(group="Multi-Head")
+    # The task's place in the longest run: others may have had the tasks in another order.
+    tasks = max((_identify(group.runs[0]) for group in groups), key=len)
+    frame["task"] = [tasks.index(task) for group in groups for run in group.runs for task in _identify(run)]
     frame["x"] = frame.groupby("run")["task"].transform("size")
     return _draw_tasks(frame, max((group.runs[0].names for group in groups), key=len), "tasks trained on at once")
 
@@ -162,16 +166,18 @@ def draw_joint(groups):
 def _draw_tasks(frame, names, xlabel):
     """A panel a task of the accuracy in `frame` against its column x, a line or (Isolated) a cross a group."""
     figure, axes = _panels(len(names), 5, frame["x"].max(), xlabel)
-    handles, several = {}, False
+    handles, several, crosses = {}, False, itertools.cycle("x+1234")
     for i, (label, of_group) in enumerate(frame.groupby("group", sort=False)):
         colour, line, mark = choose_style(i)
+        if isolated := of_group["kind"].iloc[0] == "Isolated":
+            mark = next(crosses)
         for t, axis in enumerate(axes):
             at = _summarise(of_group[of_group["task"] == t], "x")
             means = [100 * s.mean for s in at.values()]
             several |= any(s.low is not None for s in at.values())
-            if of_group["kind"].iloc[0] == "Isolated":
+            if isolated:
                 axis.axhline(means[0], color="black", linestyle=line, linewidth=0.6)
-                handles[label] = axis.scatter(list(at), means, marker="x+"[i % 2], color="black", s=30, zorder=3)
+                handles[label] = axis.scatter(list(at), means, marker=mark, color="black", s=30, zorder=3)
                 _band(axis, at, "black", 0.2)
             else:
                 handles[label], = axis.plot(list(at), means, color=colour, marker=mark, linestyle=line, markersize=2.5)

@@ -13,6 +13,7 @@ from modelzoo import Zoo, ensemble_log_probs
 from tools import peers
 from utils import metrics
 from utils.config_files import ConfigError, load_yaml
+from utils.device import out_of_memory
 from utils.learner import COST, WARM, learner_path, make_learner
 from utils.log import first_seen, task_names
 from utils.run_folder import LATER, MAY_CHANGE, load_tensors
@@ -328,6 +329,8 @@ def load_log_probs(run):
     except OSError as e:
         raise ConfigError(f"{e.filename or folder}: cannot be read ({e.strerror}); an ensemble needs it") from e
     except Exception as e:  # what another program wrote raises nearly anything
+        if out_of_memory(e):
+            raise MemoryError from e
         raise ConfigError(f"{folder}: its predictions are damaged or foreign ({printable(e)[:80]})") from e
     # A hundredth, because devices may break ties between classes in different ways.
     if any(abs(a - b) > 0.01 for a, b in zip(zoo.accuracy, run.matrix[-1], strict=True)):
@@ -360,7 +363,8 @@ def make_ensemble(paths):
     if cost["stored_rows"] is not None:
         alike = len({(run.data, *_data_key(run)) for run in runs}) == 1 and runs[0].data
         whole = all(run.settings["replay_frac"] == 1 for run in runs)
-        cost["stored_rows"] = max(costs["stored_rows"]) if alike and whole else None
+        none = not any(costs["stored_rows"])
+        cost["stored_rows"] = max(costs["stored_rows"]) if none or alike and whole else None
     kind = first.kind if len(set(map(_name, runs))) == 1 else "runs"
     about = {key: "; ".join(dict.fromkeys(run.about[key] for run in runs)) for key in first.about}
     settings = {k: v for k, v in first.settings.items() if all(run.settings.get(k) == v for run in runs)}

@@ -164,7 +164,7 @@ def read_finished(settings):
         for number in (result["average_accuracy"], result["seconds"]):  # the two that the table shows
             check("result", number, float)
         theirs = LATER | theirs
-    except (ConfigError, ValueError, KeyError, TypeError) as e:
+    except (ConfigError, OSError, ValueError, KeyError, TypeError) as e:
         raise ConfigError(f"{path}: not a whole result; remove its folder to have the run made again") from e
     # device and precision stand there as what auto came to where the run was made.
     resolved = [key for key in ("device", "precision", "threads") if getattr(settings, key) in ("auto", None)]
