@@ -175,3 +175,13 @@ def test_a_task_that_no_learner_knows_has_the_accuracy_of_a_guess(workspace):
     guessed = [t for t in range(3) if t not in result["rounds"][0]["tasks"]]
     assert [result["accuracy"][t] for t in guessed] == [0.5, 0.5]
     assert all(log_probs[t].exp().eq(0.5).all() for t in guessed)
+
+
+def test_an_ensemble_keeps_the_order_of_its_members_tasks_and_none_of_no_rows(tmp_path):
+    """Once: ensembles in another order stood beside those in the file's, and four times no rows were unknown."""
+    pair = make_pair(tmp_path, tasks_per_round=1, task_order=3)
+    for folder in pair:
+        result = json.loads((folder / "result.json").read_text())
+        (folder / "result.json").write_text(json.dumps(result | {"stored_rows": 0}))
+    run = make_ensemble(pair)
+    assert (run.order, run.trial, run.cost["stored_rows"]) == (3, "(0, 1) in order 3", 0)

@@ -370,7 +370,7 @@ def make_ensemble(paths):
     settings = {k: v for k, v in first.settings.items() if all(run.settings.get(k) == v for run in runs)}
     members = tuple(sorted(runs, key=_member))
     return Run(" ".join(map(str, paths)), f"ensemble of {len(runs)} {kind}", tuple(run.seed for run in members),
-               settings, first.names, first.tasks, [row], [], cost, about, members=members,
+               settings, first.names, first.tasks, [row], [], cost, about, members=members, order=first.order,
                image_shape=first.image_shape)
 
 
