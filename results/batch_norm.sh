@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The table of results/batch_norm.md, its columns "after"; in a checkout of commit 668cf5c, with common.sh copied there, too, it
-# gives those "before".
+# The table of results/batch_norm.md, its columns "after"; copied with common.sh into a checkout of commit 668cf5c it gives
+# those "before".
 #
 #     results/batch_norm.sh    # two hours on one core of an AMD EPYC
 #

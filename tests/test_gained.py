@@ -141,6 +141,17 @@ def test_where_a_share_of_rows_is_chosen_none_may_be_gained(grown, capsys, more,
     refuse(grown, capsys, *more, "--extend", str(grown / "runs/share"), message=message)
 
 
+def test_rows_of_the_files_own_choose_none_of_those_to_train_on(grown, capsys):
+    """Once: --val_frac file was blamed for training rows that were gone."""
+    arrays = make_arrays()
+    arrays |= {f"val_{what}": arrays[f"test_{what}"] for what in ("images", "labels")}
+    np.savez(grown / "data/toy.npz", **arrays)
+    start(grown, "old_val", "--continual", "--num_rounds", "2", "--val_frac", "file")
+    np.savez(grown / "data/toy.npz", **arrays | {"train_images": 255 - arrays["train_images"]})
+    refuse(grown, capsys, "--val_frac", "file", "--extend", str(grown / "runs/old_val"),
+           message="training rows of task 0 (counted from 0) are gone\n")
+
+
 def test_hashes_tell_rows_and_classes_apart_wherever_they_stand(workspace):
     train, _ = load(workspace)
     hashes = [hash_rows(train, t) for t in range(len(train.classes))]

@@ -79,7 +79,7 @@ def _check_gained(settings, folder, train, test, n):
         if not hash_rows(test, t).equal(hashes["test"][t]):
             raise ConfigError(f"{what}: the test rows of task {t} (counted from 0) have changed")
         if find_rows(train, t, rows[t]) is None:
-            chosen = [flag for flag in ("samples", "val_frac") if getattr(settings, flag) is not None]
+            chosen = [flag for flag in ("samples", "val_frac") if getattr(settings, flag) not in (None, "file")]
             why = f"; with more rows, --{chosen[0]} chooses others" if chosen else ""
             raise ConfigError(f"{what}: training rows of task {t} (counted from 0) are gone{why}")
     if settings.replay_frac < 1:
